@@ -1,0 +1,171 @@
+"""`Adapted`: a causal LM with a method attached and a dial. What `rheostat.adapt` and `rheostat.load` return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rheostat import families
+from rheostat.cost import attention_cost, attention_weight_bytes, ffn_cost, head_cost
+from rheostat.dial import Dial
+from rheostat.geometry import Geometry
+from rheostat.methods.base import MeteredFFN, Method
+from rheostat.spend import Compute, Pass, Spending, current_pass, current_spending, enter_pass, spend
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Adapted(nn.Module):
+    """A model whose compute is a number.
+
+    `forward` and `generate` are the host model's own; they obey the `compute` of the enclosing `rheostat.spend`, and
+    run dense outside it. The host stays reachable as `.model`, and `detach()` gives it back as it was.
+
+    Three hooks are set on the host: one announces each pass to the layers, two count attention and head.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method | None = None,
+        dial: Dial | None = None,
+        *,
+        report: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Attach `method` (the plain model when left out) to `model`, in place.
+
+        Raises:
+            SettingError: the method refuses the model.
+        """
+        super().__init__()
+        self.method = method or Method()
+        self.method.check(model)
+        self.geometry = Geometry.from_config(model.config)
+        self.method.attach(model)
+        self.model = model
+        self.dial = dial or Dial()
+        self.report: dict[str, Any] = dict(report or {})
+        """How this model was made: filled by `adapt`, saved with the artifact."""
+        plain = sum(not isinstance(layer.mlp, MeteredFFN) for layer in families.layers(model))
+        self._num_plain_ffns = plain
+        decoder, head = families.decoder(model), families.head(model)
+        self._handles = [
+            decoder.register_forward_pre_hook(self._open_pass, with_kwargs=True),
+            decoder.register_forward_hook(self._bill_decoder, with_kwargs=True),
+            head.register_forward_hook(self._bill_head),
+        ]
+
+    @property
+    def config(self) -> Any:
+        """The host's configuration."""
+        return self.model.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The host's generation defaults."""
+        return self.model.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.model.dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's forward, under the enclosing `rheostat.spend`."""
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, compute: Compute | Mapping[str, Compute] | None = None, **kwargs: Any) -> Any:
+        """The host's `generate` at `compute` (see `rheostat.spend`); left out, the enclosing `spend` decides.
+
+        Inside a `spend` block with an explicit `compute`, the block's meter goes on counting.
+        """
+        if compute is None:
+            return self.model.generate(*args, **kwargs)
+        outer = current_spending()
+        with spend(compute, meter=outer.meter if outer else None):
+            return self.model.generate(*args, **kwargs)
+
+    def detach(self) -> PreTrainedModel:
+        """Take the method and the hooks off and return the host. This object is of no use afterwards."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.method.detach(self.model)
+        return self.model
+
+    # -- hooks
+
+    def _open_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = kwargs.get("input_ids")
+        tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")
+        tokens = tokens if tokens is not None else args[0]
+        num_rows, num_tokens = tokens.shape[:2]
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        phase = "decode" if past and num_tokens == 1 else "prefill"
+        mask = kwargs.get("attention_mask")
+        mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] == past + num_tokens else None
+        valid, first = _marks(mask, num_rows, num_tokens, past, tokens.device)
+        spending = current_spending()
+        settings = self._settings(spending, phase, num_rows, tokens.device)
+        enter_pass(Pass(phase, valid, first, settings, is_plain=phase == "decode", past=past, mask=mask))
+        if spending is not None:
+            full = self.geometry.ffn_size
+            spending.meter.open_pass(phase, valid, self.geometry.num_layers, full)
+            if self._num_plain_ffns:
+                spending.meter.widths(None, valid.long() * full * self._num_plain_ffns)
+
+    def _settings(
+        self, spending: Spending | None, phase: str, num_rows: int, device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        if spending is None:
+            return {}
+        if spending.native is not None:
+            return {name: torch.full((num_rows,), value, device=device) for name, value in spending.native.items()}
+        return self.dial.rows(spending.rows(phase, num_rows), device)
+
+    def _bill_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        one, spending = current_pass(), current_spending()
+        if spending is None or one is None:
+            return
+        itemsize = self.dtype.itemsize
+        news = one.valid.sum(1).tolist()
+        pasts = [one.past] * len(news) if one.mask is None else one.mask[:, : one.past].sum(1).tolist()
+        cost = attention_weight_bytes(self.geometry, itemsize)
+        for new, past in zip(news, pasts, strict=True):
+            cost += attention_cost(self.geometry, int(new), int(past), itemsize)
+        if self._num_plain_ffns:
+            cost += ffn_cost(self.geometry, int(sum(news)), self._num_plain_ffns, itemsize)
+        spending.meter.bill(cost)
+
+    def _bill_head(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        one, spending = current_pass(), current_spending()
+        if spending is None or one is None:
+            return
+        num_logits = output.shape[:-1].numel()
+        if output.shape[:-1] == one.valid.shape:
+            num_logits = int(one.valid.sum())
+        spending.meter.bill(head_cost(self.geometry, num_logits, self.dtype.itemsize))
+
+
+def _marks(
+    mask: torch.Tensor | None, num_rows: int, num_tokens: int, past: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of the new tokens [B, T] are not padding, and which are the first of their row."""
+    valid = torch.ones(num_rows, num_tokens, dtype=torch.bool, device=device)
+    first = torch.zeros_like(valid)
+    if mask is not None:
+        valid = mask[:, past:].bool()
+        first = (mask.long().cumsum(1)[:, past:] == 1) & valid
+    elif past == 0 and num_tokens:
+        first[:, 0] = True
+    return valid, first

@@ -1,0 +1,181 @@
+"""What only one model family needs: names of norms, fused projections, activation attributes.
+
+Every other file reaches a model through the functions here, so supporting a new family is a row in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rheostat.errors import bad_setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where a decoder layer keeps the parts that methods touch."""
+
+    pre_norm: str = "post_attention_layernorm"
+    """The norm whose output the MLP reads; its input is the residual stream."""
+    post_norm: str | None = None
+    """The norm between the MLP's output and the residual stream, where there is one."""
+    is_fused: bool = False
+    """Gate and up are one matrix [2F, D], gate first."""
+
+
+_LLAMA_LIKE = Family()
+_GEMMA_LIKE = Family(pre_norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm")
+
+FAMILIES: dict[str, Family] = {
+    "gemma": _LLAMA_LIKE,
+    "gemma2": _GEMMA_LIKE,
+    "gemma3_text": _GEMMA_LIKE,
+    "llama": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE,
+    "phi3": Family(is_fused=True),
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE,
+    "smollm3": _LLAMA_LIKE,
+}
+"""`config.model_type` -> family, keyed as `transformers` names it."""
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a causal LM.
+
+    Raises:
+        SettingError: the model is of no family with a gated MLP that we know.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind not in FAMILIES:
+        raise bad_setting("model", kind, f"of a family with a gated MLP: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[kind]
+
+
+def decoder(model: Any) -> nn.Module:
+    """The stack of layers below the output head."""
+    return model.base_model
+
+
+def layers(model: Any) -> list[nn.Module]:
+    """The decoder layers, first to last."""
+    return list(decoder(model).layers)  # type: ignore[arg-type]
+
+
+def head(model: Any) -> nn.Module:
+    """The output head."""
+    return model.get_output_embeddings()
+
+
+def pre_norm(model: Any, layer: nn.Module) -> nn.Module:
+    """The norm before the MLP; its input is the residual stream that the MLP's output joins."""
+    return getattr(layer, family_of(model).pre_norm)
+
+
+def contribution(model: Any, layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function from the MLP's output to what is added to the residual stream (the identity, or a norm)."""
+    name = family_of(model).post_norm
+    return getattr(layer, name) if name else _identity
+
+
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """One way to see every family's MLP: y = down(act(gate(x)) * up(x)), by channel.
+
+    Weights are returned as views, so slicing copies nothing and training reaches the host's parameters.
+    """
+
+    host: nn.Module
+    is_fused: bool
+
+    @property
+    def ffn_size(self) -> int:
+        """F."""
+        return self.host.down_proj.in_features  # type: ignore[union-attr,return-value]
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.host.down_proj.out_features  # type: ignore[union-attr,return-value]
+
+    @property
+    def down(self) -> nn.Linear:
+        """[D, F]."""
+        return self.host.down_proj  # type: ignore[return-value]
+
+    @property
+    def act(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The activation between gate and up."""
+        return self.host.activation_fn if self.is_fused else self.host.act_fn  # type: ignore[return-value]
+
+    def gate_up(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights of gate and up for channels start..stop, each [stop - start, D]."""
+        if self.is_fused:
+            both = self.host.gate_up_proj.weight  # type: ignore[union-attr]
+            half = self.ffn_size
+            return both[start:stop], both[half + start : half + stop]  # type: ignore[index]
+        return self.host.gate_proj.weight[start:stop], self.host.up_proj.weight[start:stop]  # type: ignore[union-attr,index]
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """All hidden activations A = act(gate(x)) * up(x), [..., F], through the host's own modules (adapters included)."""
+        if self.is_fused:
+            gate, up = self.host.gate_up_proj(x).chunk(2, dim=-1)  # type: ignore[operator]
+        else:
+            gate, up = self.host.gate_proj(x), self.host.up_proj(x)  # type: ignore[operator]
+        return self.act(gate) * up
+
+    @torch.no_grad()
+    def reorder(self, order: torch.Tensor) -> None:
+        """Put the channels into a new order, in place. The function of the MLP stays the same up to rounding."""
+        if self.is_fused:
+            both = self.host.gate_up_proj.weight  # type: ignore[union-attr]
+            both.copy_(both[torch.cat([order, order + self.ffn_size])])  # type: ignore[operator,index]
+        else:
+            for linear in (self.host.gate_proj, self.host.up_proj):  # type: ignore[union-attr]
+                linear.weight.copy_(linear.weight[order])  # type: ignore[union-attr,operator,index]
+        self.down.weight.copy_(self.down.weight[:, order])
+
+
+def gated_mlp(model: Any, mlp: nn.Module) -> GatedMLP:
+    """See `mlp`, taken from a layer of `model`, as a gated MLP.
+
+    Raises:
+        SettingError: the family's MLP is not gated, or has biases (no supported checkpoint has).
+    """
+    is_fused = family_of(model).is_fused
+    names = ("gate_up_proj", "down_proj") if is_fused else ("gate_proj", "up_proj", "down_proj")
+    for name in names:
+        linear = getattr(mlp, name, None)
+        if linear is None:
+            raise bad_setting("model", type(mlp).__name__, f"a model whose MLP has {', '.join(names)}")
+        if getattr(linear, "bias", None) is not None:
+            raise bad_setting("model", f"{type(mlp).__name__} with biases", "a model whose MLP has no biases")
+    return GatedMLP(mlp, is_fused)
+
+
+def set_ffn_size(config: Any, ffn_size: int) -> None:
+    """Write a new uniform FFN width into a configuration."""
+    config.intermediate_size = ffn_size
+
+
+def sliced_state(model: Any, ffn_size: int) -> dict[str, torch.Tensor]:
+    """The state dict of a plain model that keeps only the first `ffn_size` channels of every MLP."""
+    fused = family_of(model).is_fused
+    state = dict(model.state_dict())
+    for name, value in state.items():
+        if name.endswith("mlp.down_proj.weight"):
+            state[name] = value[:, :ffn_size].contiguous()
+        elif fused and name.endswith("mlp.gate_up_proj.weight"):
+            gate, up = value.chunk(2)
+            state[name] = torch.cat([gate[:ffn_size], up[:ffn_size]])
+        elif name.endswith(("mlp.gate_proj.weight", "mlp.up_proj.weight")):
+            state[name] = value[:ffn_size].contiguous()
+    return state

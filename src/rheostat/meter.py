@@ -1,0 +1,122 @@
+"""What a run really spent, filled in by the model while it runs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from rheostat.cost import Cost
+
+
+@dataclass
+class PassRecord:
+    """One forward pass: which tokens it took and how wide each token's FFN was."""
+
+    phase: str
+    """`prefill` or `decode`."""
+    valid: torch.Tensor
+    """[B, T] bool, False for padding."""
+    ffn_channels: torch.Tensor
+    """[B, T] int64, FFN channels computed for the token, summed over layers."""
+
+
+@dataclass
+class Meter:
+    """Counts tokens, costs and expert widths. Made by `rheostat.spend`; read it during or after the block.
+
+    Padding is neither counted as a token nor billed.
+    """
+
+    num_layers: int = 0
+    ffn_size: int = 0
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    cost: Cost = field(default_factory=Cost)
+    """Spent."""
+    dense: Cost = field(default_factory=Cost)
+    """What the dense model would have spent on the same passes."""
+    expert_counts: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Layer -> [E] int64, how many tokens took each expert."""
+    passes: list[PassRecord] = field(default_factory=list)
+    """The passes in order; `last` is the newest."""
+    keep_passes: bool = True
+    """Keep every pass (needed to colour tokens) or only the newest."""
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens processed, padding excluded."""
+        return self.num_prefill_tokens + self.num_decode_tokens
+
+    @property
+    def compute(self) -> float:
+        """FLOPs spent in products with weights (routers included), as a fraction of the dense model's.
+
+        This is the quantity that the dial asks for. Attention over the context is in `compute_with_context`.
+        """
+        return self.cost.flops.flat / self.dense.flops.flat if self.dense.flops.flat else 1.0
+
+    @property
+    def compute_with_context(self) -> float:
+        """All FLOPs spent, attention over the context included, as a fraction of the dense model's."""
+        return self.cost.flops.total / self.dense.flops.total if self.dense.flops.total else 1.0
+
+    @property
+    def ffn_fraction(self) -> float:
+        """Mean FFN width over tokens and layers, as a fraction of the full width."""
+        full = self.dense.flops.ffn
+        return self.cost.flops.ffn / full if full else 1.0
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time since the block was entered."""
+        return time.perf_counter() - self.started
+
+    def token_fractions(self, row: int = 0) -> list[float]:
+        """Mean FFN width of each token of one row, in order over all kept passes, as a fraction of the full width."""
+        full = self.num_layers * self.ffn_size
+        out: list[float] = []
+        for one in self.passes:
+            out += [n / full for n in one.ffn_channels[row][one.valid[row]].tolist()]
+        return out
+
+    def layer_fractions(self) -> list[float]:
+        """Mean FFN width of each routed layer over tokens, as a fraction of the full width."""
+        out = []
+        for layer in sorted(self.expert_counts):
+            counts, sizes = self.expert_counts[layer].double(), self._sizes[layer].double()
+            out.append(float((counts * sizes).sum() / (counts.sum() * self.ffn_size)) if counts.sum() else 1.0)
+        return out
+
+    _sizes: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    # What the model calls while it runs.
+
+    def open_pass(self, phase: str, valid: torch.Tensor, num_layers: int, ffn_size: int) -> None:
+        """A forward pass begins on the tokens marked in `valid` [B, T]."""
+        self.num_layers, self.ffn_size = num_layers, ffn_size
+        record = PassRecord(phase, valid, torch.zeros(valid.shape, dtype=torch.int64, device=valid.device))
+        self.passes = [*self.passes, record] if self.keep_passes else [record]
+        num_tokens = int(valid.sum())
+        if phase == "prefill":
+            self.num_prefill_tokens += num_tokens
+        else:
+            self.num_decode_tokens += num_tokens
+
+    def bill(self, cost: Cost, dense: Cost | None = None) -> None:
+        """Add what was spent, and what the dense model would have spent in its place (the same when left out)."""
+        self.cost += cost
+        self.dense += cost if dense is None else dense
+
+    def widths(self, layer: int | None, channels: torch.Tensor) -> None:
+        """FFN channels [B, T] that a layer (or, with None, all unrouted layers together) computed for each token."""
+        if self.passes:
+            self.passes[-1].ffn_channels += channels
+
+    def experts(self, layer: int, counts: torch.Tensor, sizes: torch.Tensor) -> None:
+        """How many tokens [E] of this pass took each expert of `layer`, and the experts' widths [E] in channels."""
+        old = self.expert_counts.get(layer)
+        self.expert_counts[layer] = counts if old is None else old + counts
+        self._sizes[layer] = sizes

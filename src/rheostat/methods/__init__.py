@@ -1,0 +1,30 @@
+"""The methods by name. A new one is a file (or folder) here and a line in `METHODS`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rheostat.errors import bad_setting
+from rheostat.methods.base import Method
+from rheostat.methods.chain import Chain
+from rheostat.methods.dynamoe import DynaMoE
+
+METHODS: dict[str, type[Method]] = {
+    "dense": Method,
+    "dynamoe": DynaMoE,
+}
+
+
+def make_method(settings: Mapping[str, Any]) -> Method:
+    """A method from plain types, as `Method.to_dict` writes them.
+
+    Raises:
+        SettingError: the name or a setting is unknown, or a value is not allowed.
+    """
+    name = settings.get("name")
+    if name == Chain.name:
+        return Chain([make_method(one) for one in settings.get("methods", ())])
+    if name not in METHODS:
+        raise bad_setting("method", name, f"one of {', '.join(METHODS)}")
+    return METHODS[name].from_dict(settings)

@@ -1,0 +1,235 @@
+"""`Method`: a frozen configuration plus the touchpoints a method may override. The base class is the plain model.
+
+A touchpoint that a method leaves alone does the ordinary thing, so the dense baseline is `Method()` and no caller
+ever asks whether there is a method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from rheostat import families
+from rheostat.cost import Cost, dense_cost
+from rheostat.errors import SettingError, bad_setting
+from rheostat.geometry import Geometry
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+STAGES = ("weights", "width", "depth", "prompt", "prefill", "cache", "decode", "training", "analysis")
+"""Where a method may act. Methods at different stages compose; two at one stage are refused."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, steps done, steps in all)."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """A `Progress` that shows nothing."""
+
+
+class MeteredFFN(nn.Module):
+    """Base of every FFN that a method puts in a layer's place and that bills its own cost to the meter."""
+
+
+M = TypeVar("M", bound="Method")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """The plain model: every touchpoint's default.
+
+    A method is a frozen dataclass that subclasses this one and nothing deeper. Its fields are its settings; what it
+    learns lives in the modules it attaches, and is read and written by `state` and `load_state`.
+    """
+
+    name: ClassVar[str] = "dense"
+    stages: ClassVar[frozenset[str]] = frozenset()
+    is_permanent: ClassVar[bool] = False
+    """The method changes weights for good: detaching cannot bring the original model back."""
+
+    # -- attach and detach
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse a model that this method cannot change.
+
+        Raises:
+            SettingError: with the reason.
+        """
+        families.family_of(model)
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Change the model in place. Before anything is learned, the changed model computes the same function."""
+
+    def detach(self, model: PreTrainedModel) -> None:
+        """Undo `attach` to the last bit, whatever was learned meanwhile."""
+
+    # -- learning
+
+    def fit(
+        self,
+        model: PreTrainedModel,
+        windows: torch.Tensor,
+        *,
+        generator: torch.Generator,
+        progress: Progress = no_progress,
+    ) -> dict[str, Any]:
+        """Solve in closed form whatever can be, on calibration windows [N, T] of token ids.
+
+        Returns:
+            Figures about the fit, for the report.
+        """
+        return {}
+
+    def loss(
+        self,
+        model: PreTrainedModel,
+        batch: Mapping[str, torch.Tensor],
+        teacher_logits: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Training loss of one batch and its parts for the log. Default: next-token cross-entropy.
+
+        Args:
+            model: the attached model.
+            batch: `input_ids` [B, T], and what else the model takes.
+            teacher_logits: [B, T, V] of the dense model, when distilling.
+        """
+        out = model(**batch, labels=batch["input_ids"])
+        return out.loss, {"lm": float(out.loss.detach())}
+
+    def trainable(self, model: PreTrainedModel) -> list[str]:
+        """Names of the parameters that training changes. Default: all."""
+        return [name for name, _ in model.named_parameters()]
+
+    # -- the dial
+
+    def neutral(self) -> float:
+        """The native setting that means "the dense model"."""
+        return 0.0
+
+    def setting_range(self) -> tuple[float, float]:
+        """The native setting's range, from the most compute to the least. Default: there is nothing to set."""
+        return (0.0, 0.0)
+
+    def floor(self, geometry: Geometry) -> float:
+        """The smallest `compute` this method can reach on a model of this geometry."""
+        return 1.0
+
+    def cost(
+        self,
+        geometry: Geometry,
+        *,
+        compute: float = 1.0,
+        num_tokens: int,
+        past: int = 0,
+        num_logits: int = 1,
+        itemsize: int = 2,
+    ) -> Cost:
+        """What one forward pass over one row is expected to cost at `compute`. Never rises when `compute` falls."""
+        self.check_compute(geometry, compute)
+        return dense_cost(
+            geometry, num_tokens=num_tokens, past=past, num_logits=num_logits, itemsize=itemsize
+        )
+
+    def check_compute(self, geometry: Geometry, compute: float) -> None:
+        """Refuse a `compute` below the floor.
+
+        Raises:
+            SettingError: with the reachable range.
+        """
+        low = self.floor(geometry)
+        if not low <= compute <= 1:
+            raise bad_setting("compute", compute, f"between {low:.3f} and 1 for {self.name} on this model")
+
+    # -- running
+
+    def make_cache(self, model: PreTrainedModel) -> Cache:
+        """An empty cache for `model`."""
+        return DynamicCache(config=model.config)
+
+    def prefill(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        cache: Cache,
+    ) -> torch.Tensor:
+        """Read a prompt [B, T] into `cache`. Returns the next token's logits [B, V]."""
+        out = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions(attention_mask)[:, -input_ids.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
+
+    def decode(
+        self,
+        model: PreTrainedModel,
+        token_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        cache: Cache,
+    ) -> torch.Tensor:
+        """One step: take the newest tokens [B, 1] and return the next token's logits [B, V]."""
+        return Method.prefill(self, model, token_ids, attention_mask, cache)
+
+    # -- saving
+
+    def state(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """What this method learned, by name; the host model's own weights are not in it."""
+        return {}
+
+    def load_state(self, model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `state` returned, on an attached model.
+
+        Raises:
+            SettingError: a tensor is missing, unknown or of another shape.
+        """
+        if tensors:
+            raise SettingError(f"artifact: {self.name} has no tensors, the file has {len(tensors)}")
+
+    def freeze(self, model: PreTrainedModel, compute: float) -> tuple[Any, dict[str, torch.Tensor]]:
+        """Configuration and state dict of a plain model that does at every token what this one does at `compute`.
+
+        Raises:
+            SettingError: a plain checkpoint cannot express it; says why.
+        """
+        if compute != 1.0:
+            raise bad_setting("compute", compute, f"1.0: {self.name} has no cheaper setting")
+        return model.config, dict(model.state_dict())
+
+    # -- configuration
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain types, with the method's name."""
+        return {"name": self.name} | {key: _plain(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls: type[M], settings: Mapping[str, Any]) -> M:
+        """The method with these settings; unknown keys are errors.
+
+        Raises:
+            SettingError: a key or a value is not allowed.
+        """
+        given = {key: value for key, value in settings.items() if key != "name"}
+        known = [f.name for f in fields(cls)]
+        for key in given:
+            if key not in known:
+                raise bad_setting(f"{cls.name}.{key}", given[key], f"one of the settings {', '.join(known)}")
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position ids [B, S] that skip left padding, as `generate` counts them."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

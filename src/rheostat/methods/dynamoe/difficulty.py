@@ -1,0 +1,70 @@
+"""How hard a token is for a layer: the damage that each smaller expert would do to it.
+
+Every criterion is one function of the same five tensors, so a new one is one line in `CRITERIA`. Damage is 0 for the full FFN
+and larger is worse. Shapes: N tokens, D model width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+Criterion = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""(small [N, D], full [N, D], residual [N, D], sensitivity [N, D] or None) -> damage [N], in float32."""
+
+
+def _projection(small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None) -> torch.Tensor:
+    """1 - <small, full> / <full, full>: the card's similarity (a), sees direction and size."""
+    return 1 - (small * full).sum(-1) / full.square().sum(-1).clamp(min=1e-30)
+
+
+def _cosine(small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None) -> torch.Tensor:
+    """1 - cosine: the card's similarity (b), blind to shrinkage."""
+    return 1 - torch.nn.functional.cosine_similarity(small, full, dim=-1, eps=1e-15)
+
+
+def _error(small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None) -> torch.Tensor:
+    """|small - full| / |full|: the card's similarity (c), strictest."""
+    return (small - full).norm(dim=-1) / full.norm(dim=-1).clamp(min=1e-15)
+
+
+def _residual(small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None) -> torch.Tensor:
+    """|small - full| / |residual stream it is added to|, squared: how far the stream moves (our choice)."""
+    return (small - full).square().sum(-1) / residual.square().sum(-1).clamp(min=1e-30)
+
+
+def _fisher(small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None) -> torch.Tensor:
+    """Half of <gradient, error>^2: an unbiased sample of the divergence, in nats, that the error causes (our choice).
+
+    The gradient is that of the log-likelihood of tokens drawn from the model itself, summed over the sequence, so its
+    expected outer product is the Fisher information of the layer's output, later tokens included, and half the quadratic
+    form is the second-order Kullback-Leibler divergence from the dense model. One draw is noisy; the router averages.
+    """
+    assert sensitivity is not None, "the fisher criterion needs gradients"
+    return 0.5 * (sensitivity * (small - full)).sum(-1).square()
+
+
+CRITERIA: dict[str, Criterion] = {
+    "cosine": _cosine,
+    "error": _error,
+    "fisher": _fisher,
+    "projection": _projection,
+    "residual": _residual,
+}
+"""The published work thresholds a similarity between nested and full output; which one was not found."""
+
+NEEDS_GRADIENT = frozenset({"fisher"})
+
+
+def labels(damage: torch.Tensor, tolerance: float) -> torch.Tensor:
+    """The smallest expert whose damage is within `tolerance` (theta_label = 1 - tolerance for the card's similarities).
+
+    Args:
+        damage: [N, E-1].
+
+    Returns:
+        [N] int64 in 0..E-1; E-1 where no smaller expert will do.
+    """
+    enough = torch.nn.functional.pad(damage <= tolerance, (0, 1), value=True)
+    return enough.long().argmax(1)

@@ -1,0 +1,131 @@
+"""The module that takes an FFN's place: reads the dial, asks the router, runs the chosen experts, bills the meter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from rheostat.cost import Cost, Parts
+from rheostat.families import GatedMLP
+from rheostat.methods.base import MeteredFFN
+from rheostat.methods.dynamoe.experts import run_grouped, run_naive, run_one
+from rheostat.methods.dynamoe.routing import Router, choose_by_confidence, choose_by_damage
+from rheostat.spend import Pass, Spending, current_pass, current_spending
+
+
+class NestedFFN(MeteredFFN):
+    """One layer's nested experts with their router.
+
+    At the neutral setting it calls the host's own FFN and nothing else, so the dense model is reproduced bit for bit.
+    """
+
+    order: torch.Tensor
+    """[F] int64, the host's original channel at each place."""
+
+    def __init__(self, mlp: GatedMLP, layer: int, sizes: Sequence[int], router: Router, target: str, key: str) -> None:
+        super().__init__()
+        self.host = mlp.host
+        self.mlp = mlp
+        self.layer = layer
+        self.sizes = tuple(sizes)
+        self.router = router
+        self.target = target
+        self.key = key
+        self.downs = nn.ModuleList()
+        """The experts' own down projections, smallest first; empty when all are views of the host's."""
+        self.is_naive = False
+        """Run the plain twin (needed while adapters sit on the host's projections)."""
+        self.register_buffer("order", torch.arange(mlp.ffn_size), persistent=False)
+        self.register_buffer("shares", torch.tensor(sizes, dtype=torch.float32) / sizes[-1], persistent=False)
+        self.register_buffer("widths", torch.tensor(sizes), persistent=False)
+
+    shares: torch.Tensor
+    widths: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        one, spending = current_pass(), current_spending()
+        choice = self.choose(x, one, spending)
+        if choice is None:
+            y = self.host(x)
+        else:
+            y = self.run(x.reshape(-1, x.shape[-1]), choice).view_as(x)
+        if spending is not None and one is not None:
+            self._bill(spending, one, choice, x.element_size())
+        return y
+
+    def add_downs(self) -> None:
+        """Give every smaller expert its own down projection [D, h] with a bias [D], to be filled by a fit or from a file."""
+        like = self.mlp.down.weight
+        self.downs = nn.ModuleList(
+            nn.Linear(size, self.mlp.hidden_size, dtype=like.dtype, device=like.device) for size in self.sizes[:-1]
+        )
+
+    # -- choosing
+
+    def choose(self, x: torch.Tensor, one: Pass | None, spending: Spending | None) -> torch.Tensor | None:
+        """Expert of each token [B * T], -1 for padding; None when every token takes the full FFN."""
+        if one is None or spending is None:
+            return None
+        flat = x.reshape(-1, x.shape[-1])
+        full = len(self.sizes) - 1
+        if spending.override is not None:
+            choice = spending.override(self.layer, flat)
+        else:
+            setting = one.settings.get(self.key)
+            if setting is None or not bool((setting > 0).any()):
+                return None
+            choice = self.decide(flat, setting.repeat_interleave(x.shape[1]))
+        if one.is_plain:
+            return choice
+        choice = torch.where(one.first.flatten(), full, choice)  # the attention sink: its huge activations serve all
+        return torch.where(one.valid.flatten(), choice, -1)
+
+    @torch.no_grad()
+    def decide(self, x: torch.Tensor, setting: torch.Tensor) -> torch.Tensor:
+        """The router's choice for tokens [N, D] at native settings [N]; 0 is the full FFN."""
+        scores = self.router(x)
+        if self.target == "class":
+            return choose_by_confidence(scores, setting)
+        choice = choose_by_damage(scores, setting, self.shares)
+        return torch.where(setting <= 0, len(self.sizes) - 1, choice)
+
+    # -- running
+
+    def run(self, x: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
+        """Tokens [N, D] through the chosen experts [N]."""
+        if self.is_naive:
+            return run_naive(x, choice, self.mlp, self.downs, self.sizes)
+        if len(x) == 1 and (expert := int(choice)) >= 0:
+            return run_one(x, self.mlp, self.downs, expert, self.sizes[expert])
+        return run_grouped(x, choice, self.mlp, self.downs, self.sizes)
+
+    def _bill(self, spending: Spending, one: Pass, choice: torch.Tensor | None, itemsize: int) -> None:
+        meter, full = spending.meter, len(self.sizes) - 1
+        if choice is None:
+            choice = torch.where(one.valid.flatten(), full, -1)
+            routed = 0
+        else:
+            routed = 0 if spending.override is not None else int(one.valid.sum())
+        counts = torch.bincount(choice + 1, minlength=len(self.sizes) + 1)[1:]
+        per_channel = 3 * self.mlp.hidden_size
+        used = counts.nonzero().flatten().tolist()
+        down_widths = [self.sizes[e] for e in used] if len(self.downs) else [self.sizes[e] for e in used[-1:]]
+        read = (2 * self.sizes[used[-1]] + sum(down_widths)) * self.mlp.hidden_size if used else 0
+        router = self.router.num_weights
+        num_tokens = int(counts.sum())
+        meter.bill(
+            Cost(
+                flops=Parts(ffn=2 * per_channel * int((counts * self.widths).sum()), router=2 * router * routed),
+                bytes=Parts(ffn=read * itemsize, router=router * itemsize if routed else 0),
+            ),
+            Cost(
+                flops=Parts(ffn=2 * per_channel * self.sizes[-1] * num_tokens),
+                bytes=Parts(ffn=per_channel * self.sizes[-1] * itemsize),
+            ),
+        )
+        channels = torch.where(choice >= 0, self.widths[choice.clamp(min=0)], 0)
+        meter.widths(self.layer, channels.view(one.valid.shape))
+        meter.experts(self.layer, counts, self.widths)

@@ -1,0 +1,134 @@
+"""How the dial travels from the caller to the layers: a context variable.
+
+Keyword arguments of a model do not reach its MLPs, so a layer reads what was asked here, and writes what it spent
+to the meter here. A context variable keeps threads and asynchronous tasks apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+from rheostat.errors import bad_setting
+from rheostat.meter import Meter
+
+PHASES = ("prefill", "decode")
+
+Compute = float | Sequence[float] | torch.Tensor
+"""A fraction of the dense model's FLOPs a token, in (0, 1]; with one entry a row, requests with different dials share a batch."""
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What was asked, by phase, and the meter that counts what is spent."""
+
+    prefill: tuple[float, ...]
+    """One entry for all rows, or one a row."""
+    decode: tuple[float, ...]
+    meter: Meter
+    override: Callable[[int, torch.Tensor], torch.Tensor] | None = None
+    """(layer, x [N, D]) -> expert [N]: replaces the routers' choice, for baselines, oracles and training."""
+    native: Mapping[str, float] | None = None
+    """Method name -> native setting for all rows: bypasses the dial, for calibration and training."""
+
+    def rows(self, phase: str, num_rows: int) -> tuple[float, ...]:
+        """The asked `compute` of each of `num_rows` rows. Beams and samples of one request are neighbours and share its entry."""
+        asked = self.prefill if phase == "prefill" else self.decode
+        if num_rows % len(asked):
+            raise bad_setting("compute", asked, f"one number, or one a row: the batch has {num_rows} rows")
+        repeat = num_rows // len(asked)
+        return tuple(value for value in asked for _ in range(repeat))
+
+
+_spending: ContextVar[Spending | None] = ContextVar("rheostat_spending", default=None)
+
+
+def current_spending() -> Spending | None:
+    """What was asked where we are, or None outside `spend`: then every model runs dense and nothing is counted."""
+    return _spending.get()
+
+
+@contextmanager
+def spend(
+    compute: Compute | Mapping[str, Compute] = 1.0,
+    *,
+    keep_passes: bool = True,
+    meter: Meter | None = None,
+    native: Mapping[str, float] | None = None,
+    override: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+) -> Iterator[Meter]:
+    """Run adapted models at `compute` inside the block, and count what they spend.
+
+    Args:
+        compute: fraction of the dense model's FLOPs a token, in (0, 1]; a list or a tensor gives one entry a row;
+            `{"prefill": 0.5, "decode": 0.8}` sets the phases apart (a phase left out runs at 1.0).
+        keep_passes: keep the widths of every forward pass in the meter, not only of the newest.
+        meter: count into this one, not into a new one.
+        native: method name -> native setting; used instead of `compute` (for calibration and training).
+        override: (layer, x [N, D]) -> expert [N]; used instead of the routers (for baselines and oracles).
+
+    Yields:
+        The `Meter`.
+
+    Raises:
+        SettingError: `compute` is not a number in (0, 1], or names an unknown phase.
+    """
+    by_phase: Mapping[str, Compute] = compute if isinstance(compute, Mapping) else dict.fromkeys(PHASES, compute)
+    if unknown := set(by_phase) - set(PHASES):
+        raise bad_setting("compute", sorted(unknown)[0], "a number, or a mapping with the keys prefill and decode")
+    prefill, decode = (_check_compute(by_phase.get(phase, 1.0)) for phase in PHASES)
+    meter = meter or Meter(keep_passes=keep_passes)
+    token = _spending.set(Spending(prefill, decode, meter, override, native))
+    try:
+        yield meter
+    finally:
+        _spending.reset(token)
+
+
+def _check_compute(value: Compute) -> tuple[float, ...]:
+    try:
+        values = value.flatten().tolist() if isinstance(value, torch.Tensor) else value
+        numbers = tuple(float(v) for v in values) if isinstance(values, list | tuple) else (float(values),)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise bad_setting("compute", value, "a number in (0, 1], or one a row") from None
+    if not numbers or any(math.isnan(v) or not 0 < v <= 1 for v in numbers):
+        raise bad_setting("compute", value, "a number in (0, 1], or one a row")
+    return numbers
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Facts about the forward pass in progress that the layers need and `transformers` does not hand them."""
+
+    phase: str
+    """`prefill` (a prompt, or a chunk of one) or `decode` (one token after a filled cache)."""
+    valid: torch.Tensor
+    """[B, T] bool, False for padding."""
+    first: torch.Tensor
+    """[B, T] bool, True for each row's very first token."""
+    settings: Mapping[str, torch.Tensor]
+    """Method name -> native setting of each row [B]; empty when all run dense."""
+    is_plain: bool = False
+    """No padding and no first token among these: the common decode step, which can skip the masks."""
+    past: int = 0
+    """Tokens in the cache before this pass, padding included."""
+    mask: torch.Tensor | None = None
+    """[B, past + T], the attention mask, where the caller gave a plain one."""
+
+
+_pass: ContextVar[Pass | None] = ContextVar("rheostat_pass", default=None)
+
+
+def current_pass() -> Pass | None:
+    """The forward pass in progress, or None when a layer is called on its own."""
+    return _pass.get()
+
+
+def enter_pass(one: Pass) -> None:
+    """Announce a forward pass. It stays in force until the next one, so that recomputation in backward still sees it."""
+    _pass.set(one)
