@@ -30,7 +30,7 @@ _HOMES = {
     "export": "rheostat.exporting",
     "load": "rheostat.models",
     "save": "rheostat.artifact",
-    "spend": "rheostat.spend",
+    "spend": "rheostat.spending",
     "stream": "rheostat.decode",
 }
 

@@ -13,7 +13,7 @@ from rheostat.cost import attention_cost, attention_weight_bytes, ffn_cost, head
 from rheostat.dial import Dial
 from rheostat.geometry import Geometry
 from rheostat.methods.base import MeteredFFN, Method
-from rheostat.spend import Compute, Pass, Spending, current_pass, current_spending, enter_pass, spend
+from rheostat.spending import Compute, Pass, Spending, current_pass, current_spending, enter_pass, spend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

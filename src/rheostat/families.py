@@ -5,6 +5,7 @@ Every other file reaches a model through the functions here, so supporting a new
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rheostat.errors import bad_setting
+from rheostat.errors import SettingError, bad_setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,9 @@ class Family:
     is_fused: bool = False
     """Gate and up are one matrix [2F, D], gate first."""
 
+
+FFN_PROJECTIONS = ("mlp.host.gate_proj", "mlp.host.up_proj", "mlp.host.gate_up_proj", "mlp.host.down_proj")
+"""How the names of the host's projections end while a method's FFN holds them."""
 
 _LLAMA_LIKE = Family()
 _GEMMA_LIKE = Family(pre_norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm")
@@ -161,21 +165,65 @@ def gated_mlp(model: Any, mlp: nn.Module) -> GatedMLP:
     return GatedMLP(mlp, is_fused)
 
 
-def set_ffn_size(config: Any, ffn_size: int) -> None:
-    """Write a new uniform FFN width into a configuration."""
-    config.intermediate_size = ffn_size
-
-
-def sliced_state(model: Any, ffn_size: int) -> dict[str, torch.Tensor]:
-    """The state dict of a plain model that keeps only the first `ffn_size` channels of every MLP."""
-    fused = family_of(model).is_fused
-    state = dict(model.state_dict())
-    for name, value in state.items():
-        if name.endswith("mlp.down_proj.weight"):
-            state[name] = value[:, :ffn_size].contiguous()
-        elif fused and name.endswith("mlp.gate_up_proj.weight"):
-            gate, up = value.chunk(2)
-            state[name] = torch.cat([gate[:ffn_size], up[:ffn_size]])
-        elif name.endswith(("mlp.gate_proj.weight", "mlp.up_proj.weight")):
-            state[name] = value[:ffn_size].contiguous()
+def plain_state_dict(model: Any) -> dict[str, torch.Tensor]:
+    """The host's own state dict under its own names, whatever a method has put around its MLPs. Tied tensors are kept once."""
+    state: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, value in model.state_dict().items():
+        before, mlp, after = name.partition(".mlp.")
+        if mlp and not isinstance(model.get_submodule(f"{before}.mlp"), _host_mlp_type(model)):
+            if not after.startswith("host."):
+                continue  # a method's own tensor
+            name = f"{before}.mlp.{after.removeprefix('host.')}"
+        if value.data_ptr() in seen:
+            continue
+        seen.add(value.data_ptr())
+        state[name] = value.detach().cpu().contiguous()
     return state
+
+
+def _host_mlp_type(model: Any) -> type:
+    mlp = layers(model)[0].mlp
+    return type(getattr(mlp, "host", mlp))
+
+
+def slice_ffns(
+    model: Any, ffn_size: int, downs: list[tuple[torch.Tensor, torch.Tensor | None]]
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Configuration and state dict of a plain model that keeps only the first `ffn_size` channels of every MLP.
+
+    Args:
+        downs: weight [D, ffn_size] and bias [D] or None of each layer's down projection.
+
+    Raises:
+        SettingError: there are biases and the family's MLP has no place for them.
+    """
+    config = copy.deepcopy(model.config)
+    config.intermediate_size = ffn_size
+    has_bias = any(bias is not None for _, bias in downs)
+    if has_bias:
+        if "mlp_bias" not in config.to_dict():
+            raise SettingError(
+                f"export: the re-fitted slices have biases and a plain {config.model_type} MLP has no place for them; "
+                "adapt with refit_bias=false to export this family"
+            )
+        config.mlp_bias = True
+    fused = family_of(model).is_fused
+    state = {}
+    for name, value in plain_state_dict(model).items():
+        if name.endswith("mlp.gate_up_proj.weight"):
+            gate, up = value.chunk(2)
+            value = torch.cat([gate[:ffn_size], up[:ffn_size]])
+        elif name.endswith(("mlp.gate_proj.weight", "mlp.up_proj.weight")):
+            value = value[:ffn_size].contiguous()
+            if has_bias:  # the switch is one for all three projections
+                state[name.removesuffix("weight") + "bias"] = torch.zeros(ffn_size, dtype=value.dtype)
+        elif name.endswith("mlp.down_proj.weight"):
+            layer = int(name.split(".mlp.")[0].rpartition(".")[2])
+            weight, bias = downs[layer]
+            value = weight.detach().cpu().contiguous()
+            if bias is not None:
+                state[name.removesuffix("weight") + "bias"] = bias.detach().cpu()
+        state[name] = value
+    assert not (fused and has_bias)
+    return config, state

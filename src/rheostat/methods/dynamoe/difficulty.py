@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 Criterion = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""(small [N, D], full [N, D], residual [N, D], sensitivity [N, D] or None) -> damage [N], in float32."""
+"""(small [N, D], full [N, D], residual [N, D] or its norm [N, 1], sensitivity [N, D] or None) -> damage [N], in float32."""
 
 
 def _projection(small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None) -> torch.Tensor:

@@ -12,7 +12,7 @@ from rheostat.families import GatedMLP
 from rheostat.methods.base import MeteredFFN
 from rheostat.methods.dynamoe.experts import run_grouped, run_naive, run_one
 from rheostat.methods.dynamoe.routing import Router, choose_by_confidence, choose_by_damage
-from rheostat.spend import Pass, Spending, current_pass, current_spending
+from rheostat.spending import Pass, Spending, current_pass, current_spending
 
 
 class NestedFFN(MeteredFFN):
@@ -35,8 +35,6 @@ class NestedFFN(MeteredFFN):
         self.key = key
         self.downs = nn.ModuleList()
         """The experts' own down projections, smallest first; empty when all are views of the host's."""
-        self.is_naive = False
-        """Run the plain twin (needed while adapters sit on the host's projections)."""
         self.register_buffer("order", torch.arange(mlp.ffn_size), persistent=False)
         self.register_buffer("shares", torch.tensor(sizes, dtype=torch.float32) / sizes[-1], persistent=False)
         self.register_buffer("widths", torch.tensor(sizes), persistent=False)
@@ -56,11 +54,12 @@ class NestedFFN(MeteredFFN):
             self._bill(spending, one, choice, x.element_size())
         return y
 
-    def add_downs(self) -> None:
-        """Give every smaller expert its own down projection [D, h] with a bias [D], to be filled by a fit or from a file."""
+    def add_downs(self, *, has_bias: bool) -> None:
+        """Give every smaller expert its own down projection [D, h], to be filled by a fit or from a file."""
         like = self.mlp.down.weight
         self.downs = nn.ModuleList(
-            nn.Linear(size, self.mlp.hidden_size, dtype=like.dtype, device=like.device) for size in self.sizes[:-1]
+            nn.Linear(size, self.mlp.hidden_size, bias=has_bias, dtype=like.dtype, device=like.device)
+            for size in self.sizes[:-1]
         )
 
     # -- choosing

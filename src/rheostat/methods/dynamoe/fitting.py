@@ -8,16 +8,18 @@ Shapes: N tokens, D model width, L layers, F FFN width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from rheostat import families
 from rheostat.methods.base import Progress
 from rheostat.methods.dynamoe.difficulty import CRITERIA, NEEDS_GRADIENT, labels
+from rheostat.methods.dynamoe.experts import down_of
 from rheostat.methods.dynamoe.ffn import NestedFFN
 from rheostat.methods.dynamoe.routing import Router
 from rheostat.methods.dynamoe.solve import Moments, rank, refit
@@ -83,7 +85,7 @@ def watch(
     num_layers = len(families.layers(model))
     step = max(1, batch_tokens // windows.shape[1])
     kept: list[tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]] = [([], [], []) for _ in range(num_layers)]
-    with _frozen(model), _recording(model) as seen:
+    with _frozen(model), recording(model) as seen:
         for start in range(0, len(windows), step):
             progress("watching the dense model", start, len(windows))
             stop = min(start + step, num_gradient) if start < num_gradient else start + step
@@ -141,7 +143,7 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _recording(model: PreTrainedModel) -> Iterator[list[dict[str, torch.Tensor]]]:
+def recording(model: PreTrainedModel) -> Iterator[list[dict[str, torch.Tensor]]]:
     """Keep each FFN's input, its output (with its gradient) and the residual norm of the newest pass."""
     layers = families.layers(model)
     seen: list[dict[str, torch.Tensor]] = [{} for _ in layers]
@@ -187,7 +189,7 @@ def _fit_layer(
     generator: torch.Generator,
 ) -> dict[str, Any]:
     x, residual = watched.x.float(), watched.residual.clamp(min=1e-12)
-    down = ffn.mlp.down.weight.float()
+    down = ffn.mlp.down.weight.float().clone()
     hidden = _hidden(ffn, x)
     weight = residual.square().reciprocal()
     weight = weight.clamp(max=weight.median() * MAX_WEIGHT)
@@ -195,37 +197,57 @@ def _fit_layer(
     gradient = None if watched.gradient is None else watched.gradient.float()
     metric = None if gradient is None else gradient.T @ gradient / len(gradient)
     order = rank(method.ranking, moments, down, metric)
-
-    # The router learns where gradients are known, or everywhere when the criterion needs none.
-    num_labelled = len(x) if gradient is None else len(gradient)
-    part = hidden[:num_labelled]
-    full = part @ down.T
-    contribute = families.contribution(model, families.layers(model)[index])
-    compares_in_stream = method.criterion == "residual"
-    damages, fits = [], []
-    for size in ffn.sizes[:-1]:
-        kept = order[:size]
-        if method.refit:
-            fits.append(refit(moments, down, kept, method.ridge))
-            small = torch.nn.functional.linear(part[:, kept], *fits[-1])
-        else:
-            small = part[:, kept] @ down[:, kept].T
-        pair = (contribute(small), contribute(full)) if compares_in_stream else (small, full)
-        stream = residual[:num_labelled, None]  # only its norm matters
-        damages.append(CRITERIA[method.criterion](*pair, stream, gradient))
-    damage = torch.stack(damages, 1)  # [N, E-1]
+    fits = []
+    if method.refit:
+        for size in ffn.sizes[:-1]:
+            fits.append(refit(moments, down, order[:size], method.ridge, has_bias=method.refit_bias))
 
     ffn.mlp.reorder(order)
     ffn.order.copy_(ffn.order[order])
-    if method.refit:
-        ffn.add_downs()
+    if fits:
+        ffn.add_downs(has_bias=method.refit_bias)
         for linear, (w, b) in zip(ffn.downs, fits, strict=True):
             linear.weight.copy_(w)  # type: ignore[union-attr,operator]
-            linear.bias.copy_(b)  # type: ignore[union-attr,operator]
+            if b is not None:
+                linear.bias.copy_(b)  # type: ignore[union-attr,operator]
+
+    # The router learns where gradients are known, or everywhere when the criterion needs none.
+    num_labelled = len(x) if gradient is None else len(gradient)
+    hidden = hidden[:num_labelled, order]
+    contribute = families.contribution(model, families.layers(model)[index])
+    damage = slice_damages(ffn, method.criterion, hidden, residual[:num_labelled], gradient, contribute)
     final = fit_router(
         ffn.router, x[:num_labelled], damage, method.target, method.tolerance, method.router_steps, generator
     )
     return {"mean_damage": damage.mean(0).tolist(), "router_loss": final}
+
+
+@torch.no_grad()
+def slice_damages(
+    ffn: NestedFFN,
+    criterion: str,
+    hidden: torch.Tensor,
+    residual: torch.Tensor,
+    gradient: torch.Tensor | None,
+    contribute: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Damage [N, E-1] that each smaller slice does to tokens with hidden activations [N, F].
+
+    Args:
+        residual: [N], norm of the residual stream.
+        gradient: [N, D], for a criterion that needs it.
+        contribute: from the FFN's output to what joins the stream; the residual criterion compares there.
+    """
+    dtype = ffn.mlp.down.weight.dtype
+    hidden = hidden.to(dtype)
+    full = nn.functional.linear(hidden, ffn.mlp.down.weight)
+    in_stream = contribute if criterion == "residual" else lambda y: y
+    full = in_stream(full).float()
+    damages = []
+    for expert, size in enumerate(ffn.sizes[:-1]):
+        small = nn.functional.linear(hidden[:, :size], *down_of(ffn.mlp, ffn.downs, expert, size))
+        damages.append(CRITERIA[criterion](in_stream(small).float(), full, residual[:, None], gradient))
+    return torch.stack(damages, 1)
 
 
 def _hidden(ffn: NestedFFN, x: torch.Tensor, rows: int = 4096) -> torch.Tensor:

@@ -14,7 +14,7 @@ from rheostat.cost import Cost, Parts, dense_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
 from rheostat.methods.base import Method, Progress, no_progress
-from rheostat.methods.dynamoe import fitting, training
+from rheostat.methods.dynamoe import fitting, freezing, training
 from rheostat.methods.dynamoe.difficulty import CRITERIA
 from rheostat.methods.dynamoe.experts import expert_sizes
 from rheostat.methods.dynamoe.ffn import NestedFFN
@@ -56,6 +56,8 @@ class DynaMoE(Method):
     """Optimiser steps of the closed-form stage's router fit, for each layer."""
     refit: bool = True
     """Give each smaller slice its own re-fitted down projection (memory: about (E - 1) / 2 down projections more)."""
+    refit_bias: bool = True
+    """Let it carry the mean of what was left out (only families with an `mlp_bias` switch can export such a slice)."""
     ridge: float = 1e-3
     """Ridge of that fit, relative to the mean of the Gram matrix's diagonal."""
     gradient_share: float = 0.5
@@ -153,6 +155,10 @@ class DynaMoE(Method):
                 names.append(name)
         return names
 
+    def wants_teacher(self) -> bool:
+        """When distilling, and when there is a loss to distil into (routers alone learn from their labels)."""
+        return self.distill_weight > 0 and self.trained != "routers"
+
     # -- the dial
 
     def setting_range(self) -> tuple[float, float]:
@@ -212,7 +218,7 @@ class DynaMoE(Method):
         left = dict(tensors)
         for nested in nested_ffns(model):
             if any(key.startswith(f"{nested.layer}.downs.") for key in left):
-                nested.add_downs()
+                nested.add_downs(has_bias=self.refit_bias)
             wanted = {f"{nested.layer}.order": nested.order}
             for part in ("router", "downs"):
                 wanted |= {f"{nested.layer}.{part}.{k}": v for k, v in getattr(nested, part).state_dict().items()}
@@ -227,11 +233,11 @@ class DynaMoE(Method):
             raise SettingError(f"artifact: tensor {sorted(left)[0]} belongs to no layer of this model")
 
     def freeze(self, model: PreTrainedModel, compute: float) -> tuple[Any, dict[str, torch.Tensor]]:
-        """The plain model with every FFN cut to one slice; only widths that are a slice, without own down projections or
-        with biases that a plain checkpoint has no place for refused."""
-        from rheostat.methods.dynamoe.freezing import freeze
+        """The plain model with every FFN, at every token, cut to the widest slice that costs at most `compute`.
 
-        return freeze(self, model, compute)
+        Routing by token, and the pinned first token, are what a plain checkpoint cannot express.
+        """
+        return freezing.freeze(model, compute)
 
 
 def nested_ffns(model: nn.Module) -> list[NestedFFN]:

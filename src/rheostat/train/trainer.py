@@ -1,0 +1,236 @@
+"""`DialTrainer`: the Hugging Face `Trainer` with rows at different dials, a dense teacher and a method's own loss.
+
+Everything else (accelerate launch, FSDP, mixed precision, resuming, logging) is the Trainer's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from rheostat import families
+from rheostat.adapted import Adapted
+from rheostat.errors import SettingError
+from rheostat.methods.base import MeteredFFN, Progress, no_progress
+from rheostat.spending import spend
+from rheostat.train.settings import TrainSettings
+
+logger = logging.getLogger(__name__)
+
+
+class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Windows [N, T] of token ids as a dataset."""
+
+    def __init__(self, windows: torch.Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.windows[index]}
+
+
+def train(
+    adapted: Adapted,
+    windows: torch.Tensor,
+    settings: TrainSettings,
+    *,
+    output_dir: Path,
+    teacher: PreTrainedModel | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Train an adapted model on windows [N, T], in place. An earlier run's checkpoint in `output_dir` is resumed.
+
+    Args:
+        teacher: the dense model to distil from; None trains on the text alone.
+
+    Returns:
+        Steps, tokens, seconds and the last logged losses.
+    """
+    steps = max(1, settings.tokens // (settings.batch_size * settings.accumulate * windows.shape[1]))
+    arguments = TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate,
+        warmup_steps=round(steps * settings.warmup_share),
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type="cosine",
+        max_grad_norm=1.0,
+        bf16=settings.bf16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        logging_steps=max(1, steps // 50),
+        save_strategy="no",  # by the clock, see `Clock`
+        save_total_limit=1,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=seed,
+        data_seed=seed,
+        use_cpu=adapted.device.type == "cpu",
+        dataloader_pin_memory=adapted.device.type != "cpu",
+    )
+    with _only(adapted, settings):
+        trainer = DialTrainer(
+            adapted=adapted,
+            settings=settings,
+            teacher=teacher,
+            args=arguments,
+            train_dataset=Windows(windows),
+            callbacks=[Clock(settings.save_minutes, progress)],
+        )
+        # The Trainer prints its logs; ours go through `progress` and the report.
+        trainer.pop_callback(_printer())
+        last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+        if last:
+            logger.info("resuming training from %s", last)
+        result = trainer.train(resume_from_checkpoint=last)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "steps": steps,
+        "tokens": steps * settings.batch_size * settings.accumulate * windows.shape[1] * arguments.world_size,
+        "seconds": round(float(result.metrics["train_runtime"]), 1),
+        "log": logged,
+    }
+
+
+def _printer() -> type[TrainerCallback]:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+class DialTrainer(Trainer):
+    """Draws a `compute` for each row, runs the method's loss under it, and trains routers at a rate of their own."""
+
+    def __init__(self, *, adapted: Adapted, settings: TrainSettings, teacher: PreTrainedModel | None, **kwargs: Any):
+        super().__init__(model=adapted.model, **kwargs)
+        self.adapted = adapted
+        self.settings = settings
+        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False) if teacher is not None else None
+        self.model_accepts_loss_kwargs = False  # our losses are means over the batch, to be divided when accumulating
+        self._parts: dict[str, list[float]] = {}
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **kwargs: Any
+    ) -> torch.Tensor:
+        """The method's loss with one `compute` a row, drawn evenly from the training range."""
+        rows = len(inputs["input_ids"])
+        low = max(self.settings.low, self.adapted.dial.low)
+        drawn = low + (max(low, self.settings.high) - low) * torch.rand(rows)
+        teacher_logits = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_logits = self.teacher(**inputs, use_cache=False).logits
+        with spend(drawn if self.adapted.dial.low < 1 else 1.0, keep_passes=False):
+            loss, parts = self.adapted.method.loss(model, inputs, teacher_logits)  # type: ignore[arg-type]
+        for name, value in parts.items():
+            self._parts.setdefault(name, []).append(value)
+        if not torch.isfinite(loss):
+            raise SettingError(
+                f"train.learning_rate={self.settings.learning_rate}: the loss is {float(loss)}, must be finite; lower it"
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the means of the loss's parts to what the Trainer logs."""
+        means = {name: sum(values) / len(values) for name, values in self._parts.items()}
+        self._parts = {}
+        super().log(logs | means, *args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with two learning rates."""
+        if self.optimizer is None:
+            routers, rest = [], []
+            for name, parameter in (model or self.model).named_parameters():
+                if parameter.requires_grad:
+                    (routers if ".router." in name else rest).append(parameter)
+            groups = [
+                {"params": rest, "lr": self.settings.learning_rate, "weight_decay": self.settings.weight_decay},
+                {"params": routers, "lr": self.settings.router_learning_rate, "weight_decay": 0.0},
+            ]
+            self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), eps=1e-8)
+        return self.optimizer
+
+
+class Clock(TrainerCallback):
+    """Saves by the clock, not by the step (a step may take a second or a minute), and shows the progress."""
+
+    def __init__(self, minutes: float, progress: Progress) -> None:
+        import time
+
+        self.now = time.monotonic
+        self.every, self.last, self.progress = minutes * 60, self.now(), progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Ask for a checkpoint when it is time."""
+        self.progress("training", state.global_step, state.max_steps)
+        if self.now() - self.last > self.every and state.global_step < state.max_steps:
+            self.last, control.should_save = self.now(), True
+        return control
+
+
+@contextmanager
+def _only(adapted: Adapted, settings: TrainSettings) -> Iterator[None]:
+    """Only what the method trains wants gradients; with adapters, they stand in for the FFN's own weights and are merged after."""
+    model = adapted.model
+    wanted = set(adapted.method.trainable(model))
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in wanted)
+    lora = _Adapters(adapted, settings.lora_rank) if settings.lora_rank else None
+    model.train()
+    try:
+        yield
+    finally:
+        if lora is not None:
+            lora.merge()
+        model.eval()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before.get(name, True))
+        model.zero_grad(set_to_none=True)
+
+
+class _Adapters:
+    """Low-rank adapters on every FFN projection, through `peft`."""
+
+    def __init__(self, adapted: Adapted, rank: int) -> None:
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            raise SettingError(f"train.lora_rank={rank}: needs peft; install it with: pip install 'rheostat[lora]'") from None
+        self.model = adapted.model
+        hosts = [name for name, _ in self.model.named_modules() if name.endswith(families.FFN_PROJECTIONS)]
+        self.routers = {n: p for n, p in self.model.named_parameters() if ".router." in n or ".downs." in n}
+        wanted = {name: p.requires_grad for name, p in self.routers.items()}
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=hosts), self.model)
+        for name, parameter in self.routers.items():  # peft freezes all that is not an adapter
+            parameter.requires_grad_(wanted[name])
+        self._set_naive(True)
+
+    def merge(self) -> None:
+        """Fold the adapters into the weights and take them off."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+                parent = self.model.get_submodule(name.rpartition(".")[0])
+                setattr(parent, name.rpartition(".")[2], module.get_base_layer())
+        self._set_naive(False)
+
+    def _set_naive(self, value: bool) -> None:
+        for module in self.model.modules():
+            if isinstance(module, MeteredFFN):
+                module.is_naive = value
