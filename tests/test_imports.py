@@ -19,7 +19,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "rheostat"
 
 LAYERS = (
     ("errors",),
-    ("geometry", "config"),
+    ("geometry", "config", "folders", "provenance"),
     ("cost",),
     ("meter",),
     ("spending", "families"),
@@ -30,7 +30,8 @@ LAYERS = (
     ("dial",),
     ("adapted",),
     ("decode", "calibration"),
-    ("artifact", "exporting"),
+    ("artifact",),
+    ("exporting",),
     ("train.*",),
     ("adaptation",),
     ("report",),
@@ -53,6 +54,9 @@ GENERIC_METHODS = {"methods", "methods.base", "methods.chain"}
 
 FACADE = "rheostat"
 """The package itself: it offers the public names, the concrete methods among them."""
+
+VERSION = "__version__"
+"""The one name of the package itself that a module may read."""
 
 
 class Import(NamedTuple):
@@ -78,15 +82,16 @@ def read_modules() -> dict[str, str]:
 
 def find_imports(module: str, modules: dict[str, str]) -> list[Import]:
     """The modules of ours that `module` imports anywhere in its text."""
+    tree = ast.parse(modules[module])
     found = []
-    for node, function in _import_nodes(ast.parse(modules[module]), ""):
-        if isinstance(node, ast.Import):
-            targets = [alias.name for alias in node.names]
-        else:
+    for node, function in _import_nodes(tree, ""):
+        if isinstance(node, ast.ImportFrom):
             assert not node.level, f"{module}:{node.lineno}: write the absolute name of the module"
-            base = node.module or ""
-            names = [alias.name for alias in node.names if (base, alias.name) != (FACADE, "__version__")]
-            targets = [f"{base}.{name}" if f"{base}.{name}" in modules else base for name in names]
+            dotted = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            dotted = [name for alias in node.names for name in _used_through(alias, tree)]
+        names = [name for name in dotted if name != f"{FACADE}.{VERSION}"]
+        targets = [name if name in modules else name.rpartition(".")[0] or name for name in names]
         found += [
             Import(target, node.lineno, function) for target in dict.fromkeys(targets) if is_ours(target)
         ]
@@ -105,6 +110,18 @@ def _import_nodes(node: ast.AST, function: str) -> Iterator[tuple[ast.Import | a
         else:
             is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
             yield from _import_nodes(child, child.name if is_function else function)
+
+
+def _used_through(alias: ast.alias, tree: ast.Module) -> list[str]:
+    """What `import alias` stands for: the module; for the package itself, what the text takes from it."""
+    if alias.name != FACADE or alias.asname:
+        return [alias.name]
+    taken = [
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == FACADE
+    ]
+    return [f"{FACADE}.{name}" for name in taken] or [FACADE]
 
 
 def entry_of(module: str) -> str | None:
@@ -244,6 +261,10 @@ def test_generic_code_names_no_concrete_method():
         ("rheostat.cost", "from rheostat.methods import Method", False),
         ("rheostat.cost", "from rheostat import load", False),
         ("rheostat.cost", "from rheostat import __version__", True),
+        ("rheostat.cost", "import rheostat\nx = rheostat.__version__", True),
+        ("rheostat.cost", "import rheostat\nx = rheostat.load", False),
+        ("rheostat.cost", "import rheostat", False),
+        ("rheostat.cost", "import rheostat as r", False),
         ("rheostat.cost", "def f():\n    from rheostat import adapted", False),
         ("rheostat.spending", "from rheostat import families", False),
         ("rheostat.models", "def load():\n    from rheostat import artifact", True),

@@ -153,6 +153,17 @@ class Method:
         if not low <= compute <= 1:
             raise bad_setting("compute", compute, f"between {low:.3f} and 1 for {self.name} on this model")
 
+    def baselines(
+        self, model: PreTrainedModel, expert_counts: Mapping[int, torch.Tensor], seed: int
+    ) -> dict[str, Callable[[int, torch.Tensor], torch.Tensor]]:
+        """What the method has to beat at the same mean compute, as overrides for `rheostat.spend`, by name.
+
+        Args:
+            expert_counts: layer -> [E], how many tokens took each expert in the run to be matched.
+            seed: for baselines that draw lots.
+        """
+        return {}
+
     # -- running
 
     def make_cache(self, model: PreTrainedModel) -> Cache:

@@ -38,9 +38,12 @@ class NestedFFN(MeteredFFN):
         self.register_buffer("order", torch.arange(mlp.ffn_size), persistent=False)
         self.register_buffer("shares", torch.tensor(sizes, dtype=torch.float32) / sizes[-1], persistent=False)
         self.register_buffer("widths", torch.tensor(sizes), persistent=False)
+        self.register_buffer("mean_damage", torch.zeros(len(sizes) - 1), persistent=False)
 
     shares: torch.Tensor
     widths: torch.Tensor
+    mean_damage: torch.Tensor
+    """[E-1] float32, the mean damage of each smaller expert on the calibration text."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]."""

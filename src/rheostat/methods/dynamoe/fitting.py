@@ -216,6 +216,7 @@ def _fit_layer(
     hidden = hidden[:num_labelled, order]
     contribute = families.contribution(model, families.layers(model)[index])
     damage = slice_damages(ffn, method.criterion, hidden, residual[:num_labelled], gradient, contribute)
+    ffn.mean_damage.copy_(damage.mean(0))
     final = fit_router(
         ffn.router, x[:num_labelled], damage, method.target, method.tolerance, method.router_steps, generator
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +14,7 @@ from rheostat.cost import Cost, Parts, dense_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
 from rheostat.methods.base import Method, Progress, no_progress
-from rheostat.methods.dynamoe import fitting, freezing, training
+from rheostat.methods.dynamoe import baselines, fitting, freezing, training
 from rheostat.methods.dynamoe.difficulty import CRITERIA
 from rheostat.methods.dynamoe.experts import expert_sizes
 from rheostat.methods.dynamoe.ffn import NestedFFN
@@ -201,6 +201,12 @@ class DynaMoE(Method):
             bytes=Parts(ffn=ffn * itemsize if num_tokens == 1 else 0, router=router * itemsize),
         )
 
+    def baselines(
+        self, model: PreTrainedModel, expert_counts: Mapping[int, torch.Tensor], seed: int
+    ) -> dict[str, Callable[[int, torch.Tensor], torch.Tensor]]:
+        """The best static width a layer, and a random router with the same use of experts."""
+        return baselines.baselines(model, expert_counts, seed)
+
     # -- saving
 
     def state(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -208,6 +214,7 @@ class DynaMoE(Method):
         out = {}
         for nested in nested_ffns(model):
             out[f"{nested.layer}.order"] = nested.order
+            out[f"{nested.layer}.mean_damage"] = nested.mean_damage
             for part in ("router", "downs"):
                 for name, tensor in getattr(nested, part).state_dict().items():
                     out[f"{nested.layer}.{part}.{name}"] = tensor
@@ -219,7 +226,7 @@ class DynaMoE(Method):
         for nested in nested_ffns(model):
             if any(key.startswith(f"{nested.layer}.downs.") for key in left):
                 nested.add_downs(has_bias=self.refit_bias)
-            wanted = {f"{nested.layer}.order": nested.order}
+            wanted = {f"{nested.layer}.order": nested.order, f"{nested.layer}.mean_damage": nested.mean_damage}
             for part in ("router", "downs"):
                 wanted |= {f"{nested.layer}.{part}.{k}": v for k, v in getattr(nested, part).state_dict().items()}
             for key, place in wanted.items():

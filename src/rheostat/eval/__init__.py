@@ -1,0 +1,1 @@
+"""Quality under the dial, against what it costs."""
