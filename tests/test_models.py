@@ -135,15 +135,15 @@ def test_an_artifact_is_left_to_its_module(tmp_path: Path, monkeypatch: pytest.M
     assert load(tmp_path, dtype="fp16") == (tmp_path, {"dtype": torch.float16, "device": torch.device("cpu")})
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path):
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(models, "_is_on_hub")  # a path is not asked for there
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.bin").write_text("?")
-    refuse(tmp_path / "empty", "model=", "config.json")
+    refuse(tmp_path / "empty", "model=", "config.json (a checkpoint) or a rheostat.json")
     refuse(tmp_path / "none", "model=", "smollm2-135m", "no such file or folder")
     refuse("./none", "model='./none'", "smollm2-135m", "no such file or folder")
     refuse("none.gguf", "model='none.gguf'", "no such file or folder")
-    refuse(tmp_path / "a.bin", "model=", "GGUF")
-    refuse("", "model=''", "smollm2-135m")
+    refuse(tmp_path / "a.bin", "model=", "does not begin with the magic GGUF")
 
 
 def test_damaged_checkpoints_are_refused_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -191,7 +191,8 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_name_that_the_hub_does_not_take_is_refused():
-    refuse("a/b/c", "model='a/b/c'", "smollm2-135m", "Hub has no such model")
+    for name in ("a/b/c", "", "a b"):
+        refuse(name, f"model='{name}'", "smollm2-135m", "Hub has no such model")
 
 
 # GGUF files
@@ -392,6 +393,7 @@ def test_digest_counts_names_shapes_and_ties():
     assert model_digest(module(a=one, b=one)) == model_digest(module(a=two))
     assert model_digest(module(a=one, b=two)) != model_digest(module(a=one))
     assert model_digest(module(a=one, b=one[1:])) != model_digest(module(a=one))
+    assert model_digest(module(a=one[::2])) == model_digest(module(a=one[::2].clone()))
     assert model_digest(module(a=one.view(2, 3).T)) == model_digest(module(a=one.view(2, 3).T.contiguous()))
     assert model_digest(module(a=torch.tensor(1.0), b=torch.zeros(0))) != model_digest(
         module(a=torch.tensor(1.0))

@@ -1,8 +1,10 @@
-"""Dataclass <-> YAML <-> command-line flags. One frozen dataclass describes a command; its field docs are its help."""
+"""Dataclass <-> YAML <-> command-line flags: one frozen dataclass describes a command, help included."""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -14,9 +16,16 @@ from rheostat.errors import SettingError, bad_setting
 
 C = TypeVar("C")
 
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+"""Numbers that YAML 1.1 takes for text."""
 
-def setting(default: Any = MISSING, *, help: str, flag: bool = True) -> Any:
-    """A field of a command's configuration: its default and its one line of help."""
+
+def setting(default: Any = MISSING, *, help: str, flag: bool | str = True) -> Any:
+    """A field of a command's configuration: its default and its one line of help.
+
+    Args:
+        flag: True for a flag of the field's name, a string for another name, False for an argument by position.
+    """
     metadata = {"help": help, "flag": flag}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
@@ -30,27 +39,32 @@ class Common:
     seed: int = setting(0, help="seed of everything random")
     device: str = setting("cpu", help="cpu, cuda, cuda:1, ...")
     dtype: str = setting("float32", help="float32, bfloat16 or float16")
-    json: bool = setting(False, help="make the last line of standard output one JSON object with every figure")
+    json: bool = setting(False, help="make the last line of output one JSON object with every figure")
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
-    """A flag for each field of `cls`, and --config."""
-    parser.add_argument("--config", metavar="FILE.yaml", help="read settings from this file; flags override it")
+    """A flag or positional argument for each field of `cls`, and --config. `resolve` sees to what is required."""
+    parser.add_argument("--config", metavar="FILE.yaml", help="read settings from a file; flags override it")
     hints = typing.get_type_hints(cls)
     for one in fields(cls):
-        if not one.metadata.get("flag", True):
-            continue
         kind, is_many = _flag_type(hints[one.name])
-        name = "--" + one.name.replace("_", "-")
-        text = one.metadata["help"] + _default_text(one)
+        flag = one.metadata.get("flag", True)
+        text = (one.metadata["help"] + _default_text(one)).replace("%", "%%")
+        if not flag:
+            parser.add_argument(one.name, type=kind, nargs="?", help=text, metavar=one.name.upper())
+            continue
+        name = flag if isinstance(flag, str) else "--" + one.name.replace("_", "-")
         if kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=text)
+            parser.add_argument(
+                name, dest=one.name, action=argparse.BooleanOptionalAction, default=None, help=text
+            )
         elif is_many:
-            parser.add_argument(name, type=lambda s, k=kind: _many(s, k), default=None, help=text, metavar="A,B,...")
-        elif kind is dict:
-            parser.add_argument(name, action="append", default=None, help=text, metavar="KEY=VALUE")
+            many = functools.partial(_many, kind=kind)
+            parser.add_argument(name, dest=one.name, type=many, help=text, metavar="A,B,...")
+        elif kind is Mapping:
+            parser.add_argument(name, dest=one.name, action="append", help=text, metavar="KEY=VALUE")
         else:
-            parser.add_argument(name, type=kind, default=None, help=text, metavar=name[2:].upper())
+            parser.add_argument(name, dest=one.name, type=kind, help=text, metavar=name[2:].upper())
 
 
 def resolve(cls: type[C], args: argparse.Namespace) -> C:
@@ -60,21 +74,23 @@ def resolve(cls: type[C], args: argparse.Namespace) -> C:
         SettingError: names the key, its value and what is allowed.
     """
     values: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
     if getattr(args, "config", None):
         values |= read_yaml(args.config)
     for one in fields(cls):  # type: ignore[arg-type]
         given = getattr(args, one.name, None)
         if given is None:
             continue
-        if isinstance(given, list) and typing.get_origin(typing.get_type_hints(cls)[one.name]) is dict:
-            values[one.name] = dict(values.get(one.name) or {}) | dict(_pair(one.name, text) for text in given)
+        if isinstance(given, list) and typing.get_origin(hints[one.name]) is Mapping:
+            before = _convert(one.name, values.get(one.name, {}), hints[one.name])
+            values[one.name] = before | dict(_pair(one.name, text) for text in given)
         else:
             values[one.name] = given
     return from_mapping(cls, values)
 
 
-def from_mapping(cls: type[C], values: Mapping[str, Any]) -> C:
-    """An instance of the dataclass `cls` from plain types, checked.
+def from_mapping(cls: type[C], values: Mapping[str, Any], prefix: str = "") -> C:
+    """An instance of the dataclass `cls` from plain types, checked. Errors put `prefix` before each name.
 
     Raises:
         SettingError: a key is unknown, a required one is missing, or a value has the wrong type.
@@ -83,11 +99,11 @@ def from_mapping(cls: type[C], values: Mapping[str, Any]) -> C:
     known = {one.name: one for one in fields(cls)}  # type: ignore[arg-type]
     for key, value in values.items():
         if key not in known:
-            raise bad_setting(key, value, f"one of the settings {', '.join(known)}")
+            raise bad_setting(f"{prefix}{key}", value, f"one of the settings {', '.join(known)}")
     for name, one in known.items():
         if name not in values and one.default is MISSING and one.default_factory is MISSING:
-            raise SettingError(f"{name}: must be given ({one.metadata['help']})")
-    return cls(**{key: _convert(key, value, hints[key]) for key, value in values.items()})
+            raise SettingError(f"{prefix}{name}: must be given ({one.metadata['help']})")
+    return cls(**{key: _convert(f"{prefix}{key}", value, hints[key]) for key, value in values.items()})
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -96,22 +112,41 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         SettingError: the file is missing, is not YAML, or is not a mapping.
     """
-    import yaml
-
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise SettingError(f"config={str(path)!r}: cannot be read ({reason})") from None
-    except yaml.YAMLError as error:
-        raise SettingError(f"config={str(path)!r}: not valid YAML ({' '.join(str(error).split())})") from None
+        content = _plain(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise SettingError(f"config={str(path)!r}: cannot be read (not UTF-8)") from None
+    except OSError as error:
+        raise SettingError(f"config={str(path)!r}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise SettingError(f"config={str(path)!r}: not valid YAML ({error})") from None
     if not isinstance(content, dict):
         raise bad_setting("config", str(path), "a YAML mapping of settings")
     return content
 
 
+def _plain(text: str) -> Any:
+    """YAML -> plain types, with 1e-3 a number (YAML 1.1 reads it as text).
+
+    Raises:
+        ValueError: it is not YAML; one line.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
 def _default_text(one: Field[Any]) -> str:
-    if one.default is MISSING or one.default is None or one.default == () or isinstance(one.default, bool):
+    if isinstance(one.default, bool):
+        return " (default: yes)" if one.default else ""
+    if one.default is MISSING or one.default is None or one.default in ("", ()):
         return ""
     default = ",".join(map(str, one.default)) if isinstance(one.default, tuple) else one.default
     return f" (default: {default})"
@@ -129,23 +164,26 @@ def _flag_type(hint: Any) -> tuple[type, bool]:
     origin = typing.get_origin(hint)
     if origin is tuple:
         return typing.get_args(hint)[0], True
-    return (dict, False) if origin is dict else (hint, False)
+    return (Mapping, False) if origin is Mapping else (hint, False)
 
 
 def _many(text: str, kind: type) -> tuple[Any, ...]:
     try:
-        return tuple(kind(part) for part in text.split(",") if part)
+        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be {kind.__name__} values with commas between") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be of type {kind.__name__}, with commas between"
+        ) from None
 
 
 def _pair(name: str, text: str) -> tuple[str, Any]:
-    import yaml
-
     key, sep, value = text.partition("=")
-    if not sep:
+    if not sep or not key:
         raise bad_setting(name, text, "KEY=VALUE")
-    return key, yaml.safe_load(value)
+    try:
+        return key.strip(), _plain(value)
+    except ValueError as error:
+        raise bad_setting(name, text, f"KEY=VALUE with a value in YAML ({error})") from None
 
 
 def _convert(key: str, value: Any, hint: Any) -> Any:
@@ -159,17 +197,12 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         kind = typing.get_args(hint)[0]
         values = value if isinstance(value, list | tuple) else [value]
         return tuple(_convert(key, one, kind) for one in values)
-    if origin is dict:
+    if origin is Mapping:
         if not isinstance(value, Mapping):
             raise bad_setting(key, value, "a mapping")
         return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is float and isinstance(value, str):  # YAML reads 1e-3 as text
-        try:
-            return float(value)
-        except ValueError:
-            raise bad_setting(key, value, "a number") from None
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise bad_setting(key, value, f"of type {hint.__name__}")
     return value

@@ -123,6 +123,11 @@ class Method:
         """The native setting's range, from the most compute to the least. Default: there is nothing to set."""
         return (0.0, 0.0)
 
+    def dialled(self) -> list[Method]:
+        """The methods in this one that have a native setting to turn."""
+        low, high = self.setting_range()
+        return [self] if high > low else []
+
     def floor(self, geometry: Geometry) -> float:
         """The smallest `compute` this method can reach on a model of this geometry."""
         return 1.0

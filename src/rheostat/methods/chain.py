@@ -100,6 +100,10 @@ class Chain(Method):
         wanted = {name for method in self.methods for name in method.trainable(model)}
         return [name for name, _ in model.named_parameters() if name in wanted]
 
+    def dialled(self) -> list[Method]:
+        """Those of its methods that have a setting to turn."""
+        return [one for method in self.methods for one in method.dialled()]
+
     def floor(self, geometry: Geometry) -> float:
         """What the methods reach together, their savings taken as independent."""
         reached = 1.0
@@ -119,7 +123,7 @@ class Chain(Method):
     ) -> Cost:
         """The cost under the one method that has a dial; several need a joint calibration and are not predicted."""
         self.check_compute(geometry, compute)
-        dialled = [m for m in self.methods if m.floor(geometry) < 1]
+        dialled = self.dialled()
         if len(dialled) > 1 and compute < 1:
             names = ", ".join(m.name for m in dialled)
             raise bad_setting("compute", compute, f"1.0: the cost of {names} together is known by measurement only")

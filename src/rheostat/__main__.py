@@ -1,0 +1,89 @@
+"""`python -m rheostat`, and the script `rheostat`: what goes wrong becomes one line and an exit status."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rheostat import cli
+from rheostat.errors import SettingError
+
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""Keeps the host library's own chatter off the terminal; what the user has set wins."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit status: 0, 2 for what the user can mend, 130 after an interrupt, 1 for our own faults.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        with _own_words():
+            return cli.run(arguments)
+    except SystemExit as request:  # argparse ends --help with it
+        return int(request.code or 0)
+    except SettingError as error:
+        return _say(f"error: {_one_line(error)}", 2)
+    except KeyboardInterrupt as interrupt:
+        advice = f"; {interrupt}" if str(interrupt) else ""
+        return _say(f"interrupted{advice}", 130)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the interpreter flushes it when it ends)
+        return 141
+    except Exception as error:
+        if os.environ.get("RHEOSTAT_TRACEBACK"):
+            raise
+        what = f"{type(error).__name__}: {_one_line(error)}"
+        return _say(f"internal error: {what} (set RHEOSTAT_TRACEBACK=1 for the traceback)", 1)
+
+
+def _say(line: str, status: int) -> int:
+    sys.stdout.flush()
+    print(f"rheostat: {line}", file=sys.stderr)
+    return status
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+class _Lines(logging.Handler):
+    """Log records as lines of ours, on standard error as it is at that moment (progress bars replace it)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"rheostat: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
+@contextmanager
+def _own_words() -> Iterator[None]:
+    """What we log is shown; warnings of the libraries below are not, unless Python was asked for them."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    logger, handler = logging.getLogger("rheostat"), _Lines(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.removeHandler(handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""Write an answer at a chosen compute. Each token is coloured by what it cost; the bill comes at the end.
+
+The colour of a token is the FFN width of the forward pass that chose it, over all layers. Several settings of the dial
+answer one after the other.
+
+Example:
+  rheostat generate smol-dial "Write one sentence about rivers." --compute 0.7
+  rheostat generate smol-dial "Why is the sky blue?" --compute 1.0,0.8,0.6 --max-new-tokens 100 --temperature 0.7
+  rheostat generate smol-dial "Rivers are" --no-chat --prefill-compute 0.6 --decode-compute 0.9
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rheostat import terminal
+from rheostat.commands import Loaded, check_computes, check_context, load
+from rheostat.config import Common, setting
+from rheostat.errors import SettingError, bad_setting
+
+if TYPE_CHECKING:
+    import torch
+
+    from rheostat.meter import Meter
+    from rheostat.sampling import Sampling
+
+LONGEST_CHARACTER = 3
+"""Bytes of a UTF-8 character that can be there before it is whole, each of which may show as one replacement character."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Common):
+    """Settings of `rheostat generate`."""
+
+    model: str = setting(help="an adapted model, or a dense one (which has compute 1 only)", flag=False)
+    prompt: str = setting(help="what to answer, or to continue", flag=False)
+    compute: tuple[float, ...] = setting((1.0,), help="fractions of the dense model's FLOPs, one answer each")
+    prefill_compute: float | None = setting(None, help="compute for reading the prompt, where it differs")
+    decode_compute: float | None = setting(None, help="compute for writing the answer, where it differs")
+    max_new_tokens: int = setting(64, help="tokens to write at most")
+    temperature: float = setting(0.0, help="0 takes the most likely token; above, tokens are drawn")
+    top_k: int = setting(0, help="draw among the k most likely tokens; 0 is no limit")
+    top_p: float = setting(1.0, help="draw among the most likely tokens that together reach this probability")
+    chat: bool | None = setting(None, help="put the prompt into the chat template (default: if there is one)")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Answer at each setting in turn.
+
+    Raises:
+        SettingError: a setting is out of range, or the prompt cannot be used.
+    """
+    from rheostat.sampling import Sampling
+
+    sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    if config.max_new_tokens < 1:
+        raise bad_setting("max_new_tokens", config.max_new_tokens, "1 or more")
+    if not config.compute:
+        raise bad_setting("compute", config.compute, "at least one number")
+    loaded = load(config.model, config)
+    phases = [_by_phase(config, compute) for compute in config.compute]
+    check_computes(loaded.adapted, [value for one in phases for value in one.values()])
+    input_ids = _prompt_ids(config, loaded)
+    num_tokens = input_ids.shape[1] + config.max_new_tokens
+    check_context(loaded.adapted, "max_new_tokens", config.max_new_tokens, num_tokens)
+
+    low = _cheapest_width(loaded)
+    coloured = terminal.uses_colour(sys.stdout) and low < 1
+    out = terminal.console()
+    if coloured:
+        print(terminal.legend(low))
+    answers = []
+    for one in phases:
+        if len(phases) > 1:
+            out.rule(f"compute {_asked(one)}", align="left", style="dim", characters="-")
+        writer = Writer(sys.stdout, loaded.tokenizer.decode, low if coloured else None)
+        answer = _answer(config, loaded, input_ids, one, sampling, writer)
+        out.print()
+        _show_bill(answer)
+        answers.append(answer)
+    figures: dict[str, Any] = {"prompt": config.prompt, "answers": answers}
+    return figures | {"provenance": loaded.origin(config.seed)} if config.json else figures
+
+
+# -- the answer
+
+
+class Writer:
+    """Writes tokens as they come, as text: holds back the bytes of a character that is not whole yet."""
+
+    def __init__(self, stream: TextIO, decode: Callable[..., Any], low: float | None) -> None:
+        self.stream, self.decode, self.low = stream, decode, low
+        self.token_ids: list[int] = []
+        self.text = ""
+        """Written so far."""
+
+    def push(self, token_id: int, fraction: float) -> None:
+        """Take the next token, whose FFN width was `fraction`."""
+        self.token_ids.append(token_id)
+        text = self._decoded()
+        self._write(text[: len(text) - num_unsettled(text)], fraction)
+        self.fraction = fraction
+
+    def finish(self) -> None:
+        """Write what was held back."""
+        if self.token_ids:
+            self._write(self._decoded(), self.fraction)
+
+    def _decoded(self) -> str:
+        # From the beginning, because how a token reads depends on those before it.
+        return self.decode(self.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _write(self, settled: str, fraction: float) -> None:
+        piece = settled[len(self.text) :]
+        if not piece:
+            return
+        self.text += piece
+        piece = terminal.printable(piece)
+        if self.low is not None:
+            piece = terminal.paint(piece, terminal.ramp_colour(fraction, self.low))
+        self.stream.write(piece)
+        self.stream.flush()
+
+
+def num_unsettled(text: str) -> int:
+    """Characters at the end that the next bytes may change: replacement characters, as many as a character has bytes."""
+    return min(len(text) - len(text.rstrip("\ufffd")), LONGEST_CHARACTER)
+
+
+def _answer(
+    config: Config,
+    loaded: Loaded,
+    input_ids: torch.Tensor,
+    compute: dict[str, float],
+    sampling: Sampling,
+    writer: Writer,
+) -> dict[str, Any]:
+    import torch
+
+    from rheostat.decode import stream
+    from rheostat.spending import spend
+
+    generator = torch.Generator(input_ids.device).manual_seed(config.seed)
+    fractions, seconds = [], []
+    with spend(compute, keep_passes=False) as meter:
+        steps = stream(
+            loaded.adapted,
+            input_ids,
+            max_new_tokens=config.max_new_tokens,
+            sampling=sampling,
+            eos_token_ids=_end_ids(loaded),
+            generator=generator,
+        )
+        while True:
+            started = time.perf_counter()  # ours, because the stream's clock goes on while we write
+            step = next(steps, None)
+            if step is None:
+                break
+            seconds.append(time.perf_counter() - started)
+            fractions.append(_newest_fraction(meter))
+            writer.push(int(step.token_ids[0]), fractions[-1])
+    writer.finish()
+    return {
+        "asked": compute,
+        "text": writer.text,
+        "token_ids": writer.token_ids,
+        "tokens": [loaded.tokenizer.decode([token]) for token in writer.token_ids],
+        "ffn_fractions": fractions,
+        "bill": _bill(meter, input_ids.shape[1], seconds),
+    }
+
+
+def _newest_fraction(meter: Meter) -> float:
+    """FFN width of the newest pass's last token: the one whose logits chose the token just drawn."""
+    return int(meter.passes[-1].ffn_channels[0, -1]) / (meter.num_layers * meter.ffn_size)
+
+
+def _bill(meter: Meter, num_prompt_tokens: int, seconds: Sequence[float]) -> dict[str, Any]:
+    later = seconds[1:]
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "new_tokens": len(seconds),
+        "compute": meter.compute,
+        "compute_with_context": meter.compute_with_context,
+        "ffn_fraction": meter.ffn_fraction,
+        "layer_fractions": meter.layer_fractions(),
+        "flops": meter.cost.flops.total,
+        "dense_flops": meter.dense.flops.total,
+        "cost": meter.cost.to_dict(),
+        "dense_cost": meter.dense.to_dict(),
+        "first_token_ms": 1e3 * seconds[0],
+        "ms_per_token": 1e3 * sum(later) / len(later) if later else None,
+    }
+
+
+def _show_bill(answer: dict[str, Any]) -> None:
+    bill = answer["bill"]
+    out = terminal.console()
+    flops, dense = terminal.short(bill["flops"]), terminal.short(bill["dense_flops"])
+    speed = "" if bill["ms_per_token"] is None else f", then {bill['ms_per_token']:.1f} ms a token"
+    out.print()
+    out.print(f"tokens   {bill['prompt_tokens']} in, {bill['new_tokens']} out")
+    out.print(
+        f"compute  {bill['compute']:.3f} of dense spent, {_asked(answer['asked'])} asked "
+        f"({bill['compute_with_context']:.3f} with attention over the context)"
+    )
+    out.print(f"flops    {flops}, dense {dense}")
+    layers = bill["layer_fractions"]
+    out.print(
+        f"width    {bill['ffn_fraction']:.0%} of the FFN"
+        + (f", by layer {terminal.sparkline(layers)}" if layers else "")
+    )
+    out.print(f"time     {bill['first_token_ms']:.0f} ms to the first token{speed}")
+
+
+# -- the request
+
+
+def _by_phase(config: Config, compute: float) -> dict[str, float]:
+    prefill, decode = config.prefill_compute, config.decode_compute
+    return {
+        "prefill": compute if prefill is None else prefill,
+        "decode": compute if decode is None else decode,
+    }
+
+
+def _asked(compute: dict[str, float]) -> str:
+    if compute["prefill"] == compute["decode"]:
+        return f"{compute['decode']:g}"
+    return f"{compute['prefill']:g} for the prompt and {compute['decode']:g} for the answer"
+
+
+def _prompt_ids(config: Config, loaded: Loaded) -> torch.Tensor:
+    """[1, T]."""
+    tokenizer = loaded.tokenizer
+    if config.chat and not tokenizer.chat_template:
+        raise SettingError("chat=True: must be off, this model's tokenizer has no chat template")
+    if tokenizer.chat_template and config.chat is not False:
+        message = [{"role": "user", "content": config.prompt}]
+        encoded = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(config.prompt, return_tensors="pt")
+    input_ids: torch.Tensor = encoded["input_ids"]
+    if not input_ids.numel():
+        raise bad_setting("prompt", config.prompt, "at least one token of text")
+    return input_ids.long().to(loaded.adapted.device)
+
+
+def _end_ids(loaded: Loaded) -> tuple[int, ...]:
+    configured = loaded.adapted.generation_config.eos_token_id
+    ends = set(configured if isinstance(configured, list) else [configured]) | {loaded.tokenizer.eos_token_id}
+    return tuple(sorted(end for end in ends if end is not None))
+
+
+def _cheapest_width(loaded: Loaded) -> float:
+    """The FFN width at the floor of `compute`, where the colours begin; 1 for a model without a dial."""
+    adapted = loaded.adapted
+    geometry = adapted.geometry
+    share = 2 * geometry.num_layers * geometry.ffn_weights / geometry.token_flops
+    return max(0.0, 1 - (1 - adapted.dial.low) / share)

@@ -1,0 +1,66 @@
+"""Fixtures for all tests. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny products: a second thread only waits
+
+import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.auto import CONFIG_MAPPING
+
+from tests.tiny import EXTRA, SIZES
+
+SPECIAL = ("<pad>", "<s>", "</s>")
+"""Ids 0, 1 and 2, as in `tests.tiny`."""
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte, after the special ones; no chat template."""
+    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes."""
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """A checkpoint of a random two-layer Llama that reads bytes. Tests must not write into it."""
+    import torch
+
+    torch.manual_seed(0)
+    sizes = SIZES | EXTRA["llama"] | {"vocab_size": len(tiny_tokenizer)}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of English-like text, some thousand bytes."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    lines = [f"The river number {n} runs to the sea. Nobody counts its {n * n} stones.\n" for n in range(200)]
+    path.write_text("".join(lines))
+    return path

@@ -1,0 +1,254 @@
+"""What is proven for every method, on tiny models of several families. A new method is a line in `CASES`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from rheostat.adapted import Adapted
+from rheostat.calibration import calibrate
+from rheostat.cost import Cost, Parts
+from rheostat.errors import SettingError
+from rheostat.methods import METHODS, Chain, Method, make_method
+from rheostat.methods.dynamoe import DynaMoE
+from rheostat.spending import spend
+from tests.tiny import CONTRACT_FAMILIES, tiny_model, tiny_windows
+
+CASES: dict[str, Method] = {
+    "dense": Method(),
+    "dynamoe": DynaMoE(tile=4, router_width=8, router_steps=30),
+    "dynamoe-class": DynaMoE(
+        tile=4, router_width=8, router_steps=30, criterion="projection", target="class", refit=False, ranking="activation_weight"
+    ),
+    "chain": Chain([DynaMoE(tile=4, router_width=8, router_steps=30, criterion="residual")]),
+}
+"""Each method with settings fit for a tiny model."""
+
+every = [pytest.param(name, family, id=f"{name}-{family}") for name in CASES for family in CONTRACT_FAMILIES]
+
+
+def fitted(name: str, family: str) -> Adapted:
+    """A tiny model adapted in closed form, its dial measured."""
+    adapted = Adapted(tiny_model(family), CASES[name])
+    generator = torch.Generator().manual_seed(0)
+    adapted.method.fit(adapted.model, tiny_windows(), generator=generator)
+    adapted.dial = calibrate(adapted, tiny_windows(seed=1))
+    return adapted
+
+
+def logits(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask).logits
+
+
+def test_every_method_has_a_case():
+    assert set(METHODS) <= {case.name for case in CASES.values()}
+
+
+@pytest.mark.parametrize(("name", "family"), every)
+def test_attach_then_detach_leaves_no_trace(name, family):
+    model = tiny_model(family)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modules = [(key, id(module)) for key, module in model.named_modules()]
+    adapted = Adapted(model, CASES[name])
+    adapted.method.fit(model, tiny_windows(), generator=torch.Generator().manual_seed(0))
+    adapted.detach()
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert [(key, id(module)) for key, module in model.named_modules()] == modules
+    hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert hooks == [m for m in tiny_model(family).modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+@pytest.mark.parametrize(("name", "family"), every)
+def test_attached_but_unfitted_is_the_dense_model_bit_for_bit(name, family):
+    ids = tiny_windows(3)
+    dense = logits(tiny_model(family), ids)
+    adapted = Adapted(tiny_model(family), CASES[name])
+    assert torch.equal(logits(adapted, ids), dense)
+    with spend(1.0):
+        assert torch.equal(logits(adapted, ids), dense)
+
+
+@pytest.mark.parametrize(("name", "family"), every)
+def test_full_compute_is_the_dense_model(name, family):
+    ids = tiny_windows(3)
+    original = tiny_model(family)
+    adapted = fitted(name, family)
+    with spend(1.0):
+        mine = logits(adapted, ids)
+    torch.testing.assert_close(mine, logits(original, ids), rtol=1e-4, atol=1e-4)
+    prompt = ids[:, :8]
+    mask = torch.ones_like(prompt)
+    wanted = original.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    given = adapted.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=8, do_sample=False, compute=1.0)
+    assert torch.equal(given, wanted)
+
+
+@pytest.mark.parametrize(("name", "family"), every)
+def test_state_and_settings_survive_a_round_trip(name, family):
+    ids = tiny_windows(2)
+    adapted = fitted(name, family)
+    again = Adapted(tiny_model(family), make_method(adapted.method.to_dict()), adapted.dial)
+    assert again.method == adapted.method
+    again.method.load_state(again.model, adapted.method.state(adapted.model))
+    again.model.load_state_dict(adapted.model.state_dict())
+    for compute in (1.0, adapted.dial.low):
+        with spend(compute):
+            assert torch.equal(logits(again, ids), logits(adapted, ids))
+
+
+@pytest.mark.parametrize(("name", "family"), every)
+def test_left_padded_batch_equals_single_rows(name, family):
+    adapted = fitted(name, family)
+    rows = tiny_windows(3, 20)
+    lengths = (20, 13, 6)
+    mask = torch.tensor([[0] * (20 - n) + [1] * n for n in lengths])
+    batch = rows * mask
+    middle = (1 + adapted.dial.low) / 2
+    with spend(middle), torch.no_grad():
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        together = adapted(input_ids=batch, attention_mask=mask, position_ids=position_ids).logits
+        for row, n in enumerate(lengths):
+            alone = adapted(input_ids=rows[row : row + 1, 20 - n :]).logits
+            torch.testing.assert_close(together[row, 20 - n :], alone[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "family"), every)
+def test_prefill_then_decode_equals_one_forward(name, family):
+    adapted = fitted(name, family)
+    ids = tiny_windows(2, 24)
+    mask = torch.ones_like(ids)
+    middle = (1 + adapted.dial.low) / 2
+    with spend(middle), torch.no_grad():
+        whole = adapted(input_ids=ids).logits
+        cache = adapted.method.make_cache(adapted.model)
+        steps = [adapted.method.prefill(adapted.model, ids[:, :10], mask[:, :10], cache)]
+        for t in range(10, 24):
+            steps.append(adapted.method.decode(adapted.model, ids[:, t : t + 1], mask[:, : t + 1], cache))
+    torch.testing.assert_close(torch.stack(steps, 1), whole[:, 9:], rtol=1e-3, atol=1e-3)
+
+
+def _kind(name: str) -> str:
+    """The part of a parameter's name that says what it is, without layer and slice numbers."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
+@pytest.mark.parametrize(("name", "family"), every)
+def test_gradients_reach_exactly_the_declared_parameters(name, family):
+    adapted = fitted(name, family)
+    model, method = adapted.model, adapted.method
+    declared = set(method.trainable(model))
+    model.requires_grad_(True)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key in declared)
+    with spend((1 + adapted.dial.low) / 2):
+        loss, parts = method.loss(model, {"input_ids": tiny_windows(6)})
+    loss.backward()
+    assert parts
+    assert all(torch.isfinite(torch.tensor(value)) for value in parts.values())
+    reached = {key for key, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert reached <= declared
+    # Every kind of weight, the routers' and the slices' own included, must be among what moved.
+    assert {_kind(key) for key in declared} == {_kind(key) for key in reached}
+
+
+@pytest.mark.parametrize(("name", "family"), every)
+def test_compute_spent_falls_with_compute_asked_and_is_close_to_it(name, family):
+    adapted = fitted(name, family)
+    windows = tiny_windows(seed=1)
+    asked = [1.0 - k * (1 - adapted.dial.low) / 6 for k in range(7)]
+    spent = []
+    for compute in asked:
+        with spend(compute) as meter:
+            logits(adapted, windows)
+        spent.append(meter.compute)
+    assert spent[0] == 1.0
+    assert all(b <= a + 1e-9 for a, b in zip(spent, spent[1:], strict=False))
+    assert all(abs(a - b) < 0.05 for a, b in zip(asked, spent, strict=True))
+
+
+@pytest.mark.parametrize(("name", "family"), every)
+def test_predicted_cost_never_rises_when_compute_falls(name, family):
+    adapted = Adapted(tiny_model(family), CASES[name])
+    low = adapted.method.floor(adapted.geometry)
+    totals = [
+        adapted.method.cost(adapted.geometry, compute=low + (1 - low) * k / 10, num_tokens=1) for k in range(11)
+    ]
+    for less, more in zip(totals, totals[1:], strict=False):
+        assert less.flops.total <= more.flops.total
+        assert less.bytes.total <= more.bytes.total
+    if low < 1:
+        with pytest.raises(SettingError, match="compute"):
+            adapted.method.cost(adapted.geometry, compute=low - 0.01, num_tokens=1)
+
+
+class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the multiply-adds of every matrix product with a weight that runs, from the operands' shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket._qualified_op_name
+        if name == "aten::mm":
+            self.flops += 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
+        elif name == "aten::addmm":
+            self.flops += 2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
+        elif name == "aten::bmm":
+            self.flops += 2 * args[0].shape[0] * args[0].shape[1] * args[0].shape[2] * args[1].shape[2]
+        return out
+
+
+@pytest.mark.parametrize(("name", "family"), every)
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_meter_agrees_with_an_instrumented_count(name, family, share):
+    adapted = fitted(name, family)
+    adapted.model.set_attn_implementation("eager")
+    ids = tiny_windows(2, 16)
+    compute = 1 - (1 - adapted.dial.low) * (1 - share)
+    with spend(compute) as meter, Counted() as counted, torch.no_grad():
+        adapted(input_ids=ids, use_cache=False)
+    geometry = adapted.geometry
+    # Eager attention multiplies the whole T x T square and the meter bills the causal half; rotary tables are one small bmm.
+    square = geometry.num_layers * 4 * geometry.num_heads * geometry.head_dim * 2 * 16 * 16
+    rotary = 2 * geometry.head_dim // 2 * 16
+    expected = meter.cost.flops.flat + square
+    assert counted.flops - expected in {k * rotary for k in range(5)}
+
+
+@pytest.mark.parametrize(("name", "family"), every)
+def test_dense_meter_equals_the_formula(name, family):
+    adapted = Adapted(tiny_model(family), CASES[name])
+    with spend(1.0) as meter:
+        logits(adapted, tiny_windows(1, 24))
+    formula = Method().cost(adapted.geometry, num_tokens=24, num_logits=24, itemsize=4)
+    assert meter.cost == formula == meter.dense
+    assert meter.tokens == 24
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_bad_setting_names_itself(name):
+    method = CASES[name]
+    if isinstance(method, Chain):
+        with pytest.raises(SettingError, match="both act at the stage width"):
+            Chain([method.methods[0], method.methods[0]])
+        return
+    with pytest.raises(SettingError, match=r"nonsense=1: must be one of"):
+        type(method).from_dict({"nonsense": 1})
+    for field in dataclasses.fields(method):
+        if isinstance(getattr(method, field.name), int | float) and not isinstance(getattr(method, field.name), bool):
+            with pytest.raises(SettingError, match=field.name):
+                dataclasses.replace(method, **{field.name: -1})
+
+
+def test_costs_add_by_part():
+    one = Cost(flops=Parts(ffn=3, scores=1), bytes=Parts(head=2))
+    assert (one + one).flops.ffn == 6
+    assert (one + one).flops.flat == 6
+    assert (one + one).bytes.total == 4

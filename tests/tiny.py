@@ -1,0 +1,49 @@
+"""Tiny random models of each family, for tests: two layers, seconds on a CPU, nothing downloaded."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto import CONFIG_MAPPING
+
+VOCAB = 97
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "attn_implementation": "sdpa",
+}
+EXTRA = {
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None},
+    "qwen3": {"tie_word_embeddings": False},
+}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3")
+CONTRACT_FAMILIES = ("llama", "qwen3", "gemma3_text", "phi3")
+
+
+def tiny_model(family: str = "llama", seed: int = 0) -> PreTrainedModel:
+    """A random causal LM whose predictions are far from uniform, so that differences show."""
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[family](**SIZES | EXTRA.get(family, {}))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    return model
+
+
+def tiny_windows(num: int = 12, length: int = 32, seed: int = 0) -> torch.Tensor:
+    """Random token ids [num, length], special tokens left out."""
+    return torch.randint(3, VOCAB, (num, length), generator=torch.Generator().manual_seed(seed))
