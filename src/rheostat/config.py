@@ -24,7 +24,7 @@ def setting(default: Any = MISSING, *, help: str, flag: bool | str = True) -> An
     """A field of a command's configuration: its default and its one line of help.
 
     Args:
-        flag: True for a flag of the field's name, a string for another name, False for an argument by position.
+        flag: True for a flag of the field's name, a string for another name, False for a positional argument.
     """
     metadata = {"help": help, "flag": flag}
     if isinstance(default, dict):
@@ -43,7 +43,7 @@ class Common:
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
-    """A flag or positional argument for each field of `cls`, and --config. `resolve` sees to what is required."""
+    """A flag or positional argument for each field of `cls`, and --config. `resolve` checks what is required."""
     parser.add_argument("--config", metavar="FILE.yaml", help="read settings from a file; flags override it")
     hints = typing.get_type_hints(cls)
     for one in fields(cls):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 RAMP = (24, 60, 102, 144, 185, 227)
-"""Codes of the 256 colours, cheap to dear: dark blue to light yellow, as in cividis, told apart by lightness alone."""
+"""Codes of the 256 colours, cheap to dear: dark blue to light yellow, as in cividis; lightness always rises."""
 
 BARS = "▁▂▃▄▅▆▇█"
 PLAIN_WIDTH = 120
@@ -145,7 +145,7 @@ class Stage:
 
 
 class ProgressDisplay:
-    """A `Progress`: call it with what, done, total. A stage is a bar on a terminal, and plain lines elsewhere."""
+    """A `Progress`: call it with what, done, total. A stage is a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.stream = stream or sys.stderr

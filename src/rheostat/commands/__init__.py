@@ -37,7 +37,7 @@ class Loaded:
 
 
 def artifact_origin(folder: Path, made: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Provenance of figures about an artifact. The manifest's digest stands for all files: it holds theirs."""
+    """Provenance of figures about an artifact. The manifest holds all files' digests; its own stands for all."""
     manifest = folder.expanduser() / "rheostat.json"
     base = made.get("provenance", {}).get("base_digest")
     return report.origin(
@@ -46,7 +46,7 @@ def artifact_origin(folder: Path, made: dict[str, Any], seed: int) -> dict[str, 
 
 
 def is_artifact(source: str) -> bool:
-    """Whether `source` is a folder that `adapt` wrote; a bundled name wins over a folder, as in `models.load`."""
+    """Whether `source` is a folder that `adapt` wrote. A bundled name wins over a folder, as in `load`."""
     from rheostat.models import BUNDLED
 
     return source not in BUNDLED and os.path.isfile(os.path.join(os.path.expanduser(source), "rheostat.json"))

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from rheostat.adapted import Adapted
 
 BYTES_PER_PARAMETER = 12
-"""Room on the disk: six for the artifact (float32 weights and what a method adds), as many for the kept fit."""
+"""Room on the disk: six for the artifact (float32 and what a method adds), as many for the kept fit."""
 
 
 @dataclass(frozen=True, kw_only=True)

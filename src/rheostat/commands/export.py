@@ -1,7 +1,7 @@
 """Freeze one setting of the dial into a plain checkpoint that any engine loads without this library.
 
-A plain checkpoint cannot decide token by token, so it gets one width for all tokens, the widest that costs at most
-this much. Expect less quality than the dial gives at the same mean.
+A plain checkpoint cannot decide token by token, so it gets one width for all tokens, the widest that costs at
+most this much. Expect less quality than the dial gives at the same mean.
 
 Example:
   rheostat export smol-dial --compute 0.7 --out smol-70

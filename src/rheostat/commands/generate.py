@@ -1,11 +1,11 @@
 """Write an answer at a chosen compute. Each token is coloured by what it cost; the bill comes at the end.
 
-The colour of a token is the FFN width of the forward pass that chose it, over all layers. Several settings of the dial
-answer one after the other.
+The colour of a token is the FFN width of the forward pass that chose it, over all layers. Several settings of
+the dial answer one after the other.
 
 Example:
   rheostat generate smol-dial "Write one sentence about rivers." --compute 0.7
-  rheostat generate smol-dial "Why is the sky blue?" --compute 1.0,0.8,0.6 --max-new-tokens 100 --temperature 0.7
+  rheostat generate smol-dial "Why is the sky blue?" --compute 1.0,0.8,0.6 --temperature 0.7 --max-new-tokens 99
   rheostat generate smol-dial "Rivers are" --no-chat --prefill-compute 0.6 --decode-compute 0.9
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rheostat.sampling import Sampling
 
 LONGEST_CHARACTER = 3
-"""Bytes of a UTF-8 character that can be there before it is whole, each of which may show as one replacement character."""
+"""Bytes of a UTF-8 character that can come before its last; each may show as a replacement character."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class Writer:
 
 
 def num_unsettled(text: str) -> int:
-    """Characters at the end that the next bytes may change: replacement characters, as many as a character has bytes."""
+    """How many characters at the end the next bytes may change: replacement characters, up to the limit."""
     return min(len(text) - len(text.rstrip("\ufffd")), LONGEST_CHARACTER)
 
 

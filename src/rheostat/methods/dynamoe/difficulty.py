@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import nn
+
+from rheostat.methods.dynamoe.experts import down_of
+from rheostat.methods.dynamoe.ffn import NestedFFN
 
 Criterion = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(small [N, D], full [N, D], residual [N, D] or its norm [N, 1], sensitivity [N, D] or None) -> damage [N], in float32."""
@@ -68,3 +72,31 @@ def labels(damage: torch.Tensor, tolerance: float) -> torch.Tensor:
     """
     enough = torch.nn.functional.pad(damage <= tolerance, (0, 1), value=True)
     return enough.long().argmax(1)
+
+
+@torch.no_grad()
+def slice_damages(
+    ffn: NestedFFN,
+    criterion: str,
+    hidden: torch.Tensor,
+    residual: torch.Tensor,
+    gradient: torch.Tensor | None,
+    contribute: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Damage [N, E-1] that each smaller slice does to tokens with hidden activations [N, F].
+
+    Args:
+        residual: [N], norm of the residual stream.
+        gradient: [N, D], for a criterion that needs it.
+        contribute: from the FFN's output to what joins the stream; the residual criterion compares there.
+    """
+    dtype = ffn.mlp.down.weight.dtype
+    hidden = hidden.to(dtype)
+    full = nn.functional.linear(hidden, ffn.mlp.down.weight)
+    in_stream = contribute if criterion == "residual" else lambda y: y
+    full = in_stream(full).float()
+    damages = []
+    for expert, size in enumerate(ffn.sizes[:-1]):
+        small = nn.functional.linear(hidden[:, :size], *down_of(ffn.mlp, ffn.downs, expert, size))
+        damages.append(CRITERIA[criterion](in_stream(small).float(), full, residual[:, None], gradient))
+    return torch.stack(damages, 1)

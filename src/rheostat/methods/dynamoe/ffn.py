@@ -65,6 +65,14 @@ class NestedFFN(MeteredFFN):
             for size in self.sizes[:-1]
         )
 
+    @torch.no_grad()
+    def set_down(self, expert: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Fill a smaller expert's own down projection: weight [D, h] and, where it has one, bias [D]."""
+        linear = self.downs[expert]
+        linear.weight.copy_(weight)  # type: ignore[union-attr,operator]
+        if bias is not None:
+            linear.bias.copy_(bias)  # type: ignore[union-attr,operator]
+
     # -- choosing
 
     def choose(self, x: torch.Tensor, one: Pass | None, spending: Spending | None) -> torch.Tensor | None:

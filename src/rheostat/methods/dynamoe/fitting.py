@@ -1,28 +1,28 @@
-"""The training-free adaptation: watch the dense model once, then solve each layer on its own.
+"""The training-free adaptation: one look at the dense model's gradients, then layer after layer, first to last.
 
-Memory: activations of all layers are kept between the two steps, (1 + gradient_share) * N * D * L numbers in the
-model's dtype (0.06 GB for each thousand tokens of SmolLM2-135M in float32), and one Gram matrix [F, F] at a time.
+Two streams of hidden states go through the layers side by side: the dense model's, and that of the model as adapted so
+far. Each layer is solved on the second, because that is what it will see, and its slices' down projections may take back some of the
+drift from the first. Sequential solving, the drift's correction and everything else here is our choice.
 
-Shapes: N tokens, D model width, L layers, F FFN width, E experts.
+Memory: the gradients (gradient_share * N * D * L numbers in the model's dtype: 0.03 GB for each thousand tokens of SmolLM2-135M in
+float32 at the default share), and for one layer at a time its activations [N, F] and Gram matrix [F, F].
+
+Shapes: W windows, T tokens, N = W * (T - 1) tokens (first positions are left out), D model width, L layers, F FFN width, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from rheostat import families
 from rheostat.methods.base import Progress
-from rheostat.methods.dynamoe.difficulty import CRITERIA, NEEDS_GRADIENT, labels
-from rheostat.methods.dynamoe.experts import down_of
+from rheostat.methods.dynamoe.difficulty import NEEDS_GRADIENT, slice_damages
 from rheostat.methods.dynamoe.ffn import NestedFFN
-from rheostat.methods.dynamoe.routing import Router
+from rheostat.methods.dynamoe.fit_router import fit_router
 from rheostat.methods.dynamoe.solve import Moments, rank, refit
+from rheostat.methods.dynamoe.watching import frozen, layer_arguments, sampled_gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,20 +31,9 @@ if TYPE_CHECKING:
 
 MAX_WEIGHT = 10.0
 """No token weighs more than this many times the median in the least-squares fit: attention sinks would own it."""
-ROUTER_BATCH = 1024
-ROUTER_LEARNING_RATE = 3e-3
-
-
-@dataclass
-class Watched:
-    """What one layer saw of the calibration tokens, first positions left out."""
-
-    x: torch.Tensor
-    """[N, D], inputs of the FFN."""
-    residual: torch.Tensor
-    """[N], norm of the residual stream that the output joins."""
-    gradient: torch.Tensor | None
-    """[M, D] for the first M tokens: gradient of the sampled log-likelihood with respect to the FFN's output."""
+STREAM_SHARES = (1.0, 0.85, 0.7, 0.55)
+"""Mean widths at which the windows of the adapted stream run, in turn: the drift that later layers learn to live with."""
+BATCH_TOKENS = 2048
 
 
 def fit(
@@ -55,200 +44,118 @@ def fit(
     generator: torch.Generator,
     progress: Progress,
 ) -> dict[str, Any]:
-    """See `DynaMoE.fit`. Returns mean damage of each slice and the router's fit, by layer."""
-    nested = [layer.mlp for layer in families.layers(model)]
+    """See `DynaMoE.fit`. Returns mean damage of each slice and the router's last loss, by layer."""
+    windows = windows.to(model.device)
     num_gradient = 0
     if method.criterion in NEEDS_GRADIENT:
         num_gradient = max(1, round(len(windows) * method.gradient_share))
-    watched = watch(model, windows.to(model.device), num_gradient, generator, progress)
     figures = []
-    for i, ffn in enumerate(nested):
-        progress("solving layers", i, len(nested))
-        figures.append(_fit_layer(method, model, i, ffn, watched[i], generator))
-        watched[i] = None  # type: ignore[call-overload]  # free it: the next layer needs the room
-    progress("solving layers", len(nested), len(nested))
+    with frozen(model):
+        gradients = sampled_gradients(model, windows[:num_gradient], generator, progress)
+        with torch.no_grad():
+            arguments, hidden = layer_arguments(model, windows, BATCH_TOKENS)
+            dense, adapted = hidden, hidden.clone()
+            num_layers = len(families.layers(model))
+            for i in range(num_layers):
+                progress("solving layers", i, num_layers)
+                gradient = gradients[i] if num_gradient else None
+                dense, adapted, facts = _fit_layer(
+                    method, model, i, dense, adapted, arguments[i], gradient, generator
+                )
+                figures.append(facts)
+                if num_gradient:
+                    gradients[i] = torch.empty(0)  # free it: the next layer needs the room
+            progress("solving layers", num_layers, num_layers)
     return {"num_tokens": windows.numel(), "num_gradient_windows": num_gradient, "layers": figures}
 
 
-# -- watching
-
-
-def watch(
-    model: PreTrainedModel,
-    windows: torch.Tensor,
-    num_gradient: int,
-    generator: torch.Generator,
-    progress: Progress,
-    batch_tokens: int = 1024,
-) -> list[Watched]:
-    """Run the dense model over windows [N, T]; gradients are taken on the first `num_gradient` of them."""
-    num_layers = len(families.layers(model))
-    step = max(1, batch_tokens // windows.shape[1])
-    kept: list[tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]] = [([], [], []) for _ in range(num_layers)]
-    with _frozen(model), recording(model) as seen:
-        for start in range(0, len(windows), step):
-            progress("watching the dense model", start, len(windows))
-            stop = min(start + step, num_gradient) if start < num_gradient else start + step
-            batch = windows[start : min(stop, start + step)]
-            if start < num_gradient:
-                _backward_of_own_samples(model, batch, generator)
-                if stop < start + step:  # the batch was cut at the last gradient window: run its rest without
-                    _store(seen, kept, with_gradient=True)
-                    batch = windows[stop : start + step]
-                    if len(batch):
-                        with torch.no_grad():
-                            families.decoder(model)(batch, use_cache=False)
-                        _store(seen, kept, with_gradient=False)
-                    continue
-            else:
-                with torch.no_grad():
-                    families.decoder(model)(batch, use_cache=False)
-            _store(seen, kept, with_gradient=start < num_gradient)
-    progress("watching the dense model", len(windows), len(windows))
-    return [Watched(torch.cat(x), torch.cat(r), torch.cat(g) if g else None) for x, r, g in kept]
-
-
-def _store(seen: list[dict[str, torch.Tensor]], kept: list[Any], *, with_gradient: bool) -> None:
-    for layer, (xs, residuals, gradients) in zip(seen, kept, strict=True):
-        xs.append(layer["x"][:, 1:].flatten(0, 1))
-        residuals.append(layer["residual"][:, 1:].flatten(0, 1))
-        if with_gradient:
-            gradient = layer["y"].grad
-            assert gradient is not None
-            gradients.append(gradient[:, 1:].flatten(0, 1))
-        layer.clear()
-
-
-def _backward_of_own_samples(model: PreTrainedModel, batch: torch.Tensor, generator: torch.Generator) -> None:
-    """Backward of the log-likelihood of tokens drawn from the model's own predictions: the true Fisher, not the empirical one."""
-    with torch.enable_grad():
-        logits = model(input_ids=batch, use_cache=False).logits.flatten(0, 1).float()
-        with torch.no_grad():
-            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-        torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
-
-
-@contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """No parameter wants a gradient and nothing drops out, until the block ends."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    training = model.training
-    model.requires_grad_(False).eval()
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-        model.train(training)
-
-
-@contextmanager
-def recording(model: PreTrainedModel) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """Keep each FFN's input, its output (with its gradient) and the residual norm of the newest pass."""
-    layers = families.layers(model)
-    seen: list[dict[str, torch.Tensor]] = [{} for _ in layers]
-    handles = []
-
-    def after_ffn(record: dict[str, torch.Tensor]) -> Any:
-        def hook(module: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-            record["x"] = args[0].detach()
-            if torch.is_grad_enabled():
-                output = output if output.requires_grad else output.detach().requires_grad_(True)
-                output.retain_grad()
-                record["y"] = output
-            return output
-
-        return hook
-
-    def before_norm(record: dict[str, torch.Tensor]) -> Any:
-        def hook(module: Any, args: tuple[torch.Tensor]) -> None:
-            record["residual"] = args[0].detach().float().norm(dim=-1)
-
-        return hook
-
-    try:
-        for layer, record in zip(layers, seen, strict=True):
-            handles.append(layer.mlp.register_forward_hook(after_ffn(record)))  # type: ignore[union-attr]
-            handles.append(families.pre_norm(model, layer).register_forward_pre_hook(before_norm(record)))
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-# -- solving
-
-
-@torch.no_grad()
 def _fit_layer(
     method: DynaMoE,
     model: PreTrainedModel,
     index: int,
-    ffn: NestedFFN,
-    watched: Watched,
+    dense: torch.Tensor,
+    adapted: torch.Tensor,
+    arguments: dict[int, dict[str, Any]],
+    gradient: torch.Tensor | None,
     generator: torch.Generator,
-) -> dict[str, Any]:
-    x, residual = watched.x.float(), watched.residual.clamp(min=1e-12)
-    down = ffn.mlp.down.weight.float().clone()
-    hidden = _hidden(ffn, x)
-    weight = residual.square().reciprocal()
-    weight = weight.clamp(max=weight.median() * MAX_WEIGHT)
-    moments = Moments.of(hidden, weight)
-    gradient = None if watched.gradient is None else watched.gradient.float()
-    metric = None if gradient is None else gradient.T @ gradient / len(gradient)
-    order = rank(method.ranking, moments, down, metric)
-    fits = []
-    if method.refit:
-        for size in ffn.sizes[:-1]:
-            fits.append(refit(moments, down, order[:size], method.ridge, has_bias=method.refit_bias))
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Solve one layer on the adapted stream [W, T, D] and carry both streams through it."""
+    layer = families.layers(model)[index]
+    ffn: NestedFFN = layer.mlp  # type: ignore[assignment]
+    contribute = families.contribution(model, layer)
+    next_dense, dense_middle, _ = _through(model, layer, dense, arguments)
+    _, middle, x = _through(model, layer, adapted, arguments)
 
+    inside = x[:, 1:].flatten(0, 1).float()
+    stream = middle[:, 1:].flatten(0, 1)
+    norm = stream.float().norm(dim=-1).clamp(min=1e-12)
+    weight = norm.square().reciprocal()
+    weight = weight.clamp(max=weight.median() * MAX_WEIGHT)
+    hidden = _hidden(ffn, inside)
+    # A norm between the FFN and the stream has no inverse, so there the drift is left alone.
+    drift = None
+    if method.corrects_drift and families.adds_directly(model):
+        drift = (dense_middle[:, 1:].flatten(0, 1) - stream).float()
+    num_labelled = len(inside) if gradient is None else len(gradient)
+    metric = None if gradient is None else gradient.float().T @ gradient.float() / len(gradient)
+
+    down = ffn.mlp.down.weight.float().clone()
+    order = rank(method.ranking, Moments.of(hidden, weight), down, metric)
     ffn.mlp.reorder(order)
     ffn.order.copy_(ffn.order[order])
-    if fits:
+    hidden = hidden[:, order]
+    down = down[:, order]
+
+    def damages() -> torch.Tensor:
+        part = hidden[:num_labelled]
+        labelled = None if gradient is None else gradient.float()
+        return slice_damages(ffn, method.criterion, part, norm[:num_labelled], labelled, contribute)
+
+    def solve_downs(weights: list[torch.Tensor]) -> None:
+        for expert, size in enumerate(ffn.sizes[:-1]):
+            moments = Moments.of(hidden, weights[expert], drift)
+            w, b = refit(moments, down, size, method.ridge, has_bias=method.refit_bias)
+            ffn.set_down(expert, w, b)
+
+    if method.refit:
         ffn.add_downs(has_bias=method.refit_bias)
-        for linear, (w, b) in zip(ffn.downs, fits, strict=True):
-            linear.weight.copy_(w)  # type: ignore[union-attr,operator]
-            if b is not None:
-                linear.bias.copy_(b)  # type: ignore[union-attr,operator]
-
-    # The router learns where gradients are known, or everywhere when the criterion needs none.
-    num_labelled = len(x) if gradient is None else len(gradient)
-    hidden = hidden[:num_labelled, order]
-    contribute = families.contribution(model, families.layers(model)[index])
-    damage = slice_damages(ffn, method.criterion, hidden, residual[:num_labelled], gradient, contribute)
+        solve_downs([weight] * (len(ffn.sizes) - 1))
+    damage = damages()
+    fit_one = (method.target, method.tolerance, method.router_steps, generator)
+    loss = fit_router(ffn.router, inside[:num_labelled], damage, *fit_one)
+    if method.refit and method.focus and method.target == "damage":
+        # A slice serves the tokens that the router sends there, so fit it to those and look again.
+        foreseen = ffn.router(inside)  # [N, E-1]
+        relative = (foreseen - foreseen.median(0).values).exp()
+        solve_downs([weight / (1 + method.focus * relative[:, e]) for e in range(relative.shape[1])])
+        damage = damages()
+        loss = fit_router(ffn.router, inside[:num_labelled], damage, *fit_one)
     ffn.mean_damage.copy_(damage.mean(0))
-    final = fit_router(
-        ffn.router, x[:num_labelled], damage, method.target, method.tolerance, method.router_steps, generator
-    )
-    return {"mean_damage": damage.mean(0).tolist(), "router_loss": final}
+
+    if not method.sequential:
+        return next_dense, next_dense, {"mean_damage": damage.mean(0).tolist(), "router_loss": loss}
+    choice = _stream_choice(ffn, x)
+    y = ffn.run(x.flatten(0, 1), choice.flatten()).view_as(x)
+    return next_dense, middle + contribute(y), {"mean_damage": damage.mean(0).tolist(), "router_loss": loss}
 
 
-@torch.no_grad()
-def slice_damages(
-    ffn: NestedFFN,
-    criterion: str,
-    hidden: torch.Tensor,
-    residual: torch.Tensor,
-    gradient: torch.Tensor | None,
-    contribute: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """Damage [N, E-1] that each smaller slice does to tokens with hidden activations [N, F].
-
-    Args:
-        residual: [N], norm of the residual stream.
-        gradient: [N, D], for a criterion that needs it.
-        contribute: from the FFN's output to what joins the stream; the residual criterion compares there.
-    """
-    dtype = ffn.mlp.down.weight.dtype
-    hidden = hidden.to(dtype)
-    full = nn.functional.linear(hidden, ffn.mlp.down.weight)
-    in_stream = contribute if criterion == "residual" else lambda y: y
-    full = in_stream(full).float()
-    damages = []
-    for expert, size in enumerate(ffn.sizes[:-1]):
-        small = nn.functional.linear(hidden[:, :size], *down_of(ffn.mlp, ffn.downs, expert, size))
-        damages.append(CRITERIA[criterion](in_stream(small).float(), full, residual[:, None], gradient))
-    return torch.stack(damages, 1)
+def _through(
+    model: PreTrainedModel, layer: Any, stream: torch.Tensor, arguments: dict[int, dict[str, Any]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A stream [W, T, D] through one layer with its full FFN: after it, before its FFN's norm, and what the FFN read."""
+    middles, inputs, outputs = [], [], []
+    handles = [
+        families.pre_norm(model, layer).register_forward_pre_hook(lambda _, args: middles.append(args[0])),
+        layer.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0])),
+    ]
+    try:
+        for batch in stream.split(max(1, BATCH_TOKENS // stream.shape[1])):
+            out = layer(batch, **arguments[len(batch)])
+            outputs.append(out[0] if isinstance(out, tuple) else out)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat(outputs), torch.cat(middles), torch.cat(inputs)
 
 
 def _hidden(ffn: NestedFFN, x: torch.Tensor, rows: int = 4096) -> torch.Tensor:
@@ -257,62 +164,19 @@ def _hidden(ffn: NestedFFN, x: torch.Tensor, rows: int = 4096) -> torch.Tensor:
     return torch.cat([ffn.mlp.hidden(piece.to(dtype)).float() for piece in x.split(rows)])
 
 
-def router_loss(scores: torch.Tensor, damage: torch.Tensor, target: str, tolerance: float) -> torch.Tensor:
-    """How wrong the router's scores [N, outputs] are about the damage [N, E-1].
-
-    For `damage`, the deviance of a gamma distribution: its minimum is the conditional mean even where single damages are
-    noisy, which a squared error of logarithms is not. For `class`, cross-entropy with the thresholded labels.
-    """
-    if target == "class":
-        return torch.nn.functional.cross_entropy(scores, labels(damage, tolerance))
-    return (damage.clamp(min=0) * (-scores).exp() + scores).mean()
-
-
-@torch.enable_grad()
-def fit_router(
-    router: Router,
-    x: torch.Tensor,
-    damage: torch.Tensor,
-    target: str,
-    tolerance: float,
-    steps: int,
-    generator: torch.Generator,
-) -> float:
-    """Train one router on inputs [N, D] and damages [N, E-1]. Starts from the mean damage; returns the last loss.
-
-    Inputs are standardised while training; the scaling is folded into the first layer afterwards.
-    """
-    mean, scale = x.mean(0), x.std(0).clamp(min=1e-6)
-    twin = Router(x.shape[1], router.inner.out_features, router.outer.out_features).to(x.device)
-    _init_inner(twin, generator)
-    with torch.no_grad():
-        if target == "damage":
-            twin.outer.bias.copy_(damage.mean(0).clamp(min=1e-12).log())
-    optimizer = torch.optim.AdamW(twin.parameters(), lr=ROUTER_LEARNING_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    last = float("nan")
-    for _ in range(steps):
-        pick = torch.randint(len(x), (min(ROUTER_BATCH, len(x)),), generator=generator).to(x.device)
-        loss = router_loss(twin((x[pick] - mean) / scale), damage[pick], target, tolerance)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        last = float(loss.detach())
-    with torch.no_grad():
-        weight = twin.inner.weight / scale
-        router.inner.weight.copy_(weight)
-        router.inner.bias.copy_(twin.inner.bias - weight @ mean)
-        router.outer.weight.copy_(twin.outer.weight)
-        router.outer.bias.copy_(twin.outer.bias)
-    return last
-
-
-@torch.no_grad()
-def _init_inner(router: Router, generator: torch.Generator) -> None:
-    """Uniform in +-1/sqrt(D), drawn from our own generator so that a seed fixes the whole fit."""
-    bound = router.inner.in_features**-0.5
-    for tensor in (router.inner.weight, router.inner.bias):
-        drawn = torch.rand(tensor.shape, generator=generator)
-        tensor.copy_((drawn * 2 - 1) * bound)
+def _stream_choice(ffn: NestedFFN, x: torch.Tensor) -> torch.Tensor:
+    """Experts [W, T] for the adapted stream: each window at one of `STREAM_SHARES`, by a setting found for this layer."""
+    choice = torch.full(x.shape[:2], len(ffn.sizes) - 1, device=x.device)
+    for k, share in enumerate(STREAM_SHARES):
+        rows = x[k :: len(STREAM_SHARES)]
+        if share == 1.0 or not len(rows):
+            continue
+        flat = rows.flatten(0, 1)
+        low, high = 1e-9, 1e9 if ffn.target == "damage" else 1.0
+        for _ in range(40):  # bisect the setting in its logarithm
+            setting = (low * high) ** 0.5
+            chosen = ffn.decide(flat, torch.full((len(flat),), setting, device=x.device))
+            low, high = (setting, high) if float(ffn.shares[chosen].mean()) > share else (low, setting)
+        choice[k :: len(STREAM_SHARES)] = chosen.view(rows.shape[:2])
+    choice[:, 0] = len(ffn.sizes) - 1
+    return choice

@@ -5,7 +5,7 @@ Shapes: N tokens, D model width, F FFN width, h channels of one expert.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,13 +23,21 @@ class Moments:
     magnitude: torch.Tensor
     """[F], mean of |A|."""
 
+    drift: torch.Tensor | None = None
+    """[F, D], covariance of the activations with the drift that the down projection is to take back."""
+    mean_drift: torch.Tensor | None = None
+    """[D]."""
+
     @classmethod
-    def of(cls, hidden: torch.Tensor, weight: torch.Tensor) -> Moments:
-        """Moments of `hidden` [N, F] with token weights [N]."""
+    def of(cls, hidden: torch.Tensor, weight: torch.Tensor, drift: torch.Tensor | None = None) -> Moments:
+        """Moments of `hidden` [N, F], and with `drift` [N, D], under token weights [N]."""
         share = weight / weight.sum()
         mean = share @ hidden
         centred = (hidden - mean) * share.sqrt()[:, None]
-        return cls(mean, centred.T @ centred, share @ hidden.abs())
+        moments = cls(mean, centred.T @ centred, share @ hidden.abs())
+        if drift is None:
+            return moments
+        return replace(moments, drift=centred.T @ (drift * share.sqrt()[:, None]), mean_drift=share @ drift)
 
 
 def rank(kind: str, moments: Moments, down: torch.Tensor, metric: torch.Tensor | None = None) -> torch.Tensor:
@@ -99,26 +107,34 @@ def _root(metric: torch.Tensor) -> torch.Tensor:
 
 
 def refit(
-    moments: Moments, down: torch.Tensor, kept: torch.Tensor, ridge: float, *, has_bias: bool = True
+    moments: Moments, down: torch.Tensor, size: int, ridge: float, *, has_bias: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The down projection with which the channels `kept` alone come closest to the whole FFN, by ridge regression.
+    """The down projection with which the first `size` channels alone come closest to the whole FFN, by ridge regression.
 
     With G the Gram matrix and W the full down projection, the dense output is A W^T, so its regression on the kept
     activations needs no outputs: W_e = W G[:, kept] (G[kept, kept] + r I)^-1. With a bias, G is the centred Gram matrix and the
-    bias carries the mean of what was left out.
+    bias carries the mean of what was left out. Where the moments know the drift, it is added to the target.
 
     Args:
-        kept: [h] channel indices.
+        size: h, channels kept.
         ridge: r, relative to the mean of the diagonal.
         has_bias: fit a bias.
 
     Returns:
         Weight [D, h] and bias [D] (or None), float32.
     """
-    whole = moments.gram if has_bias else moments.gram + torch.outer(moments.mean, moments.mean)
-    gram = whole[kept][:, kept].double()
+    rows, mean = moments.gram[:size], moments.mean
+    cross = rows @ down.T  # [h, D]
+    target_mean = down @ mean
+    if moments.drift is not None and moments.mean_drift is not None:
+        cross = cross + moments.drift[:size]
+        target_mean = target_mean + moments.mean_drift
+    gram = rows[:, :size]
+    if not has_bias:
+        gram = gram + torch.outer(mean[:size], mean[:size])
+        cross = cross + torch.outer(mean[:size], target_mean)
+    gram = gram.double()
     gram.diagonal().add_(ridge * gram.diagonal().mean())
-    cross = (whole[kept] @ down.T.float()).double()  # [h, D]
-    weight = torch.cholesky_solve(cross, torch.linalg.cholesky(gram)).float()  # [h, D]
-    bias = down.float() @ moments.mean - moments.mean[kept] @ weight if has_bias else None
+    weight = torch.cholesky_solve(cross.double(), torch.linalg.cholesky(gram)).float()  # [h, D]
+    bias = target_mean - mean[:size] @ weight if has_bias else None
     return weight.T.contiguous(), bias

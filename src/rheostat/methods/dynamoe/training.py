@@ -16,8 +16,9 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from rheostat import families
-from rheostat.methods.dynamoe.difficulty import NEEDS_GRADIENT
-from rheostat.methods.dynamoe.fitting import recording, router_loss, slice_damages
+from rheostat.methods.dynamoe.difficulty import NEEDS_GRADIENT, slice_damages
+from rheostat.methods.dynamoe.fit_router import router_loss
+from rheostat.methods.dynamoe.watching import recording
 from rheostat.spending import current_spending, spend
 
 if TYPE_CHECKING:
