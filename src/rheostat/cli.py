@@ -1,7 +1,7 @@
 """The command line: a table of verbs. A verb's module is imported only when the verb is called.
 
 Such a module has a docstring (which is its help), a frozen dataclass `Config` (which is its flags) and
-`run(config)`, which prints for people and returns the figures for machines. Where settings take others inside,
+`run(config)`, which prints for people and returns the figures for machines. Where settings hold others,
 `more_help()` lists those.
 """
 

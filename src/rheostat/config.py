@@ -43,7 +43,7 @@ class Common:
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
-    """A flag or positional argument for each field of `cls`, and --config. `resolve` checks what is required."""
+    """A flag or positional argument for each field of `cls`, and --config; all of them may be left out."""
     parser.add_argument("--config", metavar="FILE.yaml", help="read settings from a file; flags override it")
     hints = typing.get_type_hints(cls)
     for one in fields(cls):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 RAMP = (24, 60, 102, 144, 185, 227)
-"""Codes of the 256 colours, cheap to dear: dark blue to light yellow, as in cividis; lightness always rises."""
+"""Codes of the 256 colours, cheap to dear: dark blue to light yellow, as in cividis; lightness rises."""
 
 BARS = "▁▂▃▄▅▆▇█"
 PLAIN_WIDTH = 120

@@ -37,7 +37,7 @@ class Loaded:
 
 
 def artifact_origin(folder: Path, made: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Provenance of figures about an artifact. The manifest holds all files' digests; its own stands for all."""
+    """Provenance of figures about an artifact. The manifest holds all digests, so its own stands for all."""
     manifest = folder.expanduser() / "rheostat.json"
     base = made.get("provenance", {}).get("base_digest")
     return report.origin(

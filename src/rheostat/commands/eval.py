@@ -1,8 +1,8 @@
 """Measure quality against compute: perplexity, accuracy and agreement with the dense model along the dial.
 
 The text is read under the dial too. Beside each setting stand the baselines that its router has to beat at
-the same mean compute. Every file of text is measured on its own. All runs see the same windows, so that errors
-are paired.
+the same mean compute. Every file of text is measured on its own. All runs see the same windows, so that
+errors are paired.
 
 Example:
   rheostat eval smol-dial

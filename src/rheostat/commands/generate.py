@@ -5,7 +5,7 @@ the dial answer one after the other.
 
 Example:
   rheostat generate smol-dial "Write one sentence about rivers." --compute 0.7
-  rheostat generate smol-dial "Why is the sky blue?" --compute 1.0,0.8,0.6 --temperature 0.7 --max-new-tokens 99
+  rheostat generate smol-dial "Why is the sky blue?" --compute 1.0,0.8,0.6 --temperature 0.7
   rheostat generate smol-dial "Rivers are" --no-chat --prefill-compute 0.6 --decode-compute 0.9
 """
 

@@ -92,44 +92,39 @@ def _fit_layer(
     weight = norm.square().reciprocal()
     weight = weight.clamp(max=weight.median() * MAX_WEIGHT)
     hidden = _hidden(ffn, inside)
-    # A norm between the FFN and the stream has no inverse, so there the drift is left alone.
-    drift = None
+    down = ffn.mlp.down.weight.float()
+    target = hidden @ down.T
     if method.corrects_drift and families.adds_directly(model):
-        drift = (dense_middle[:, 1:].flatten(0, 1) - stream).float()
+        # (A norm between the FFN and the stream has no inverse, so there the drift is left alone.)
+        target += (dense_middle[:, 1:].flatten(0, 1) - stream).float()
     num_labelled = len(inside) if gradient is None else len(gradient)
     metric = None if gradient is None else gradient.float().T @ gradient.float() / len(gradient)
 
-    down = ffn.mlp.down.weight.float().clone()
-    order = rank(method.ranking, Moments.of(hidden, weight), down, metric)
+    moments = Moments.of(hidden, target, weight)
+    order = rank(method.ranking, moments, down, metric)
     ffn.mlp.reorder(order)
     ffn.order.copy_(ffn.order[order])
     hidden = hidden[:, order]
-    down = down[:, order]
 
-    def damages() -> torch.Tensor:
-        part = hidden[:num_labelled]
+    def router_fit() -> tuple[torch.Tensor, float]:
         labelled = None if gradient is None else gradient.float()
-        return slice_damages(ffn, method.criterion, part, norm[:num_labelled], labelled, contribute)
-
-    def solve_downs(weights: list[torch.Tensor]) -> None:
-        for expert, size in enumerate(ffn.sizes[:-1]):
-            moments = Moments.of(hidden, weights[expert], drift)
-            w, b = refit(moments, down, size, method.ridge, has_bias=method.refit_bias)
-            ffn.set_down(expert, w, b)
+        damage = slice_damages(ffn, method.criterion, hidden[:num_labelled], norm[:num_labelled], labelled, contribute)
+        settings = (method.target, method.tolerance, method.router_steps, generator)
+        return damage, fit_router(ffn.router, inside[:num_labelled], damage, *settings)
 
     if method.refit:
         ffn.add_downs(has_bias=method.refit_bias)
-        solve_downs([weight] * (len(ffn.sizes) - 1))
-    damage = damages()
-    fit_one = (method.target, method.tolerance, method.router_steps, generator)
-    loss = fit_router(ffn.router, inside[:num_labelled], damage, *fit_one)
+        for expert, size in enumerate(ffn.sizes[:-1]):
+            ffn.set_down(expert, *refit(moments.kept(order[:size]), method.ridge, has_bias=method.refit_bias))
+    damage, loss = router_fit()
     if method.refit and method.focus and method.target == "damage":
         # A slice serves the tokens that the router sends there, so fit it to those and look again.
-        foreseen = ffn.router(inside)  # [N, E-1]
-        relative = (foreseen - foreseen.median(0).values).exp()
-        solve_downs([weight / (1 + method.focus * relative[:, e]) for e in range(relative.shape[1])])
-        damage = damages()
-        loss = fit_router(ffn.router, inside[:num_labelled], damage, *fit_one)
+        foreseen = ffn.router(inside.to(x.dtype))  # [N, E-1]
+        for expert, size in enumerate(ffn.sizes[:-1]):
+            relative = (foreseen[:, expert] - foreseen[:, expert].median()).exp()
+            focused = Moments.of(hidden[:, :size], target, weight / (1 + method.focus * relative))
+            ffn.set_down(expert, *refit(focused, method.ridge, has_bias=method.refit_bias))
+        damage, loss = router_fit()
     ffn.mean_damage.copy_(damage.mean(0))
 
     if not method.sequential:

@@ -5,7 +5,7 @@ Shapes: N tokens, D model width, F FFN width, h channels of one expert.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -14,30 +14,33 @@ RANKINGS = ("none", "activation", "activation_weight", "elimination")
 
 @dataclass(frozen=True)
 class Moments:
-    """Weighted first and second moments of an FFN's hidden activations A [N, F]."""
+    """Weighted first and second moments of an FFN's hidden activations A [N, F] and of what its output should be [N, D]."""
 
     mean: torch.Tensor
     """[F]."""
     gram: torch.Tensor
     """[F, F], of the centred activations, divided by the total weight; float32, F * F * 4 bytes."""
+    cross: torch.Tensor
+    """[F, D], covariance of the activations with the target."""
+    target: torch.Tensor
+    """[D], mean of the target."""
     magnitude: torch.Tensor
     """[F], mean of |A|."""
 
-    drift: torch.Tensor | None = None
-    """[F, D], covariance of the activations with the drift that the down projection is to take back."""
-    mean_drift: torch.Tensor | None = None
-    """[D]."""
-
     @classmethod
-    def of(cls, hidden: torch.Tensor, weight: torch.Tensor, drift: torch.Tensor | None = None) -> Moments:
-        """Moments of `hidden` [N, F], and with `drift` [N, D], under token weights [N]."""
+    def of(cls, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> Moments:
+        """Moments of `hidden` [N, F] and `target` [N, D] under token weights [N]."""
         share = weight / weight.sum()
-        mean = share @ hidden
-        centred = (hidden - mean) * share.sqrt()[:, None]
-        moments = cls(mean, centred.T @ centred, share @ hidden.abs())
-        if drift is None:
-            return moments
-        return replace(moments, drift=centred.T @ (drift * share.sqrt()[:, None]), mean_drift=share @ drift)
+        root = share.sqrt()[:, None]
+        mean, target_mean = share @ hidden, share @ target
+        centred = (hidden - mean) * root
+        cross = centred.T @ ((target - target_mean) * root)
+        return cls(mean, centred.T @ centred, cross, target_mean, share @ hidden.abs())
+
+    def kept(self, channels: torch.Tensor) -> Moments:
+        """The moments of some channels only, in the order given."""
+        gram = self.gram[channels][:, channels]
+        return Moments(self.mean[channels], gram, self.cross[channels], self.target, self.magnitude[channels])
 
 
 def rank(kind: str, moments: Moments, down: torch.Tensor, metric: torch.Tensor | None = None) -> torch.Tensor:
@@ -106,35 +109,23 @@ def _root(metric: torch.Tensor) -> torch.Tensor:
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-def refit(
-    moments: Moments, down: torch.Tensor, size: int, ridge: float, *, has_bias: bool = True
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The down projection with which the first `size` channels alone come closest to the whole FFN, by ridge regression.
-
-    With G the Gram matrix and W the full down projection, the dense output is A W^T, so its regression on the kept
-    activations needs no outputs: W_e = W G[:, kept] (G[kept, kept] + r I)^-1. With a bias, G is the centred Gram matrix and the
-    bias carries the mean of what was left out. Where the moments know the drift, it is added to the target.
+def refit(moments: Moments, ridge: float, *, has_bias: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The down projection with which h channels alone come closest to the target, by ridge regression.
 
     Args:
-        size: h, channels kept.
-        ridge: r, relative to the mean of the diagonal.
-        has_bias: fit a bias.
+        moments: of those h channels.
+        ridge: relative to the mean of the Gram matrix's diagonal.
+        has_bias: fit a bias, which carries the mean of what was left out.
 
     Returns:
         Weight [D, h] and bias [D] (or None), float32.
     """
-    rows, mean = moments.gram[:size], moments.mean
-    cross = rows @ down.T  # [h, D]
-    target_mean = down @ mean
-    if moments.drift is not None and moments.mean_drift is not None:
-        cross = cross + moments.drift[:size]
-        target_mean = target_mean + moments.mean_drift
-    gram = rows[:, :size]
+    gram, cross = moments.gram, moments.cross
     if not has_bias:
-        gram = gram + torch.outer(mean[:size], mean[:size])
-        cross = cross + torch.outer(mean[:size], target_mean)
+        gram = gram + torch.outer(moments.mean, moments.mean)
+        cross = cross + torch.outer(moments.mean, moments.target)
     gram = gram.double()
     gram.diagonal().add_(ridge * gram.diagonal().mean())
     weight = torch.cholesky_solve(cross.double(), torch.linalg.cholesky(gram)).float()  # [h, D]
-    bias = target_mean - mean[:size] @ weight if has_bias else None
+    bias = moments.target - moments.mean @ weight if has_bias else None
     return weight.T.contiguous(), bias
