@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -33,7 +34,7 @@ class Clock:
 def test_lightness_rises_along_the_ramp():
     lights = [terminal.luminance(colour) for colour in terminal.RAMP]
     assert lights == sorted(lights)
-    assert all(b - a > 0.01 for a, b in zip(lights, lights[1:], strict=False))
+    assert all(b - a > 0.01 for a, b in pairwise(lights))
 
 
 def test_text_can_be_read_on_every_colour():

@@ -6,6 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
 
+from rheostat.adapted import Adapted
+from rheostat.calibration import calibrate
+from rheostat.methods import DynaMoE
+
 VOCAB = 97
 SIZES = {
     "vocab_size": VOCAB,
@@ -22,7 +26,7 @@ SIZES = {
     "attn_implementation": "sdpa",
 }
 EXTRA = {
-    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8, "attn_implementation": "eager"},  # no sdpa
     "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 8},
     "llama": {"tie_word_embeddings": True},
     "mistral": {"sliding_window": None},
@@ -47,3 +51,12 @@ def tiny_model(family: str = "llama", seed: int = 0) -> PreTrainedModel:
 def tiny_windows(num: int = 12, length: int = 32, seed: int = 0) -> torch.Tensor:
     """Random token ids [num, length], special tokens left out."""
     return torch.randint(3, VOCAB, (num, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_adapted(family: str = "llama", seed: int = 0, **settings: object) -> Adapted:
+    """A tiny model with DynaMoE solved in closed form and its dial measured."""
+    defaults: dict[str, object] = {"tile": 4, "router_width": 8, "router_steps": 30}
+    adapted = Adapted(tiny_model(family, seed), DynaMoE(**(defaults | settings)))  # type: ignore[arg-type]
+    adapted.method.fit(adapted.model, tiny_windows(), generator=torch.Generator().manual_seed(0))
+    adapted.dial = calibrate(adapted, tiny_windows(seed=1))
+    return adapted

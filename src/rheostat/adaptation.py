@@ -83,38 +83,60 @@ def adapt(
         SettingError: the data is empty or too short, or the method refuses the model.
     """
     fit, train = fit or FitSettings(), train or TrainSettings()
-    generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     method.check(model)
+    if train.tokens:
+        from rheostat.train.trainer import check_settings
+
+        check_settings(model, method, train)
     texts = read_texts(data)
     windows = pack(tokenizer, texts, length=fit.length, limit=fit.windows, seed=seed, name="data")
-    held = pack(tokenizer, read_texts(held_out), length=fit.length, limit=fit.dial_windows, seed=seed, name="held_out")
+    held_texts = read_texts(held_out)
+    held = pack(tokenizer, held_texts, length=fit.length, limit=fit.dial_windows, seed=seed, name="held_out")
     digest = model_digest(model)
     teacher = copy.deepcopy(model) if train.tokens and method.wants_teacher() else None
-    adapted = Adapted(model, method)
-    facts: dict[str, Any] = {"base_digest": digest, "fit": asdict(fit), "train": asdict(train), "held_out": str(held_out)}
-    key = _digest(method.to_dict(), facts["fit"], seed, digest, hashlib.sha256(windows.numpy().tobytes()).hexdigest())
+    facts: dict[str, Any] = {
+        "base_digest": digest,
+        "fit": asdict(fit),
+        "train": asdict(train),
+        # A list may hold the texts themselves, which are no part of a report.
+        "held_out": str(held_out) if isinstance(held_out, str | Path) else f"{len(held_texts)} documents",
+    }
+    seen = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    key = _digest(method.to_dict(), facts["fit"], seed, digest, seen)
     work = Path(work_dir) if work_dir is not None else None
 
-    started = time.perf_counter()
-    resumed = work is not None and _restore(adapted, work / "fit.safetensors", key)
-    if not resumed:
-        facts["fitted"] = method.fit(model, windows, generator=generator, progress=progress)
-        if work is not None:
-            _keep(adapted, work / "fit.safetensors", key, facts["fitted"])
-    else:
-        facts["fitted"] = _kept_facts(work / "fit.safetensors")  # type: ignore[operator]
-    facts["fit_seconds"] = round(time.perf_counter() - started, 1)
-
-    if train.tokens:
+    adapted = Adapted(model, method)
+    try:
+        facts |= _fit(adapted, windows, work, key, seed, progress)
+        if train.tokens:
+            adapted.dial = calibrate(adapted, held, progress=progress)
+            facts["trained"] = _train(adapted, tokenizer, texts, train, teacher, seed, work, key, progress)
+            del teacher
+        started = time.perf_counter()
         adapted.dial = calibrate(adapted, held, progress=progress)
-        facts["trained"] = _train(adapted, tokenizer, texts, train, teacher, seed, work, key, progress)
-        del teacher
-    started = time.perf_counter()
-    adapted.dial = calibrate(adapted, held, progress=progress)
-    facts["dial_seconds"] = round(time.perf_counter() - started, 1)
+        facts["dial_seconds"] = round(time.perf_counter() - started, 1)
+    except BaseException:
+        adapted.detach()  # so that the caller can try again with the same model
+        raise
     adapted.report = {"provenance": provenance(seed=seed, base_digest=digest)} | facts
     return adapted
+
+
+def _fit(
+    adapted: Adapted, windows: torch.Tensor, work: Path | None, key: str, seed: int, progress: Progress
+) -> dict[str, Any]:
+    """The closed-form fit, or what an interrupted run kept of it. Returns facts for the report."""
+    started = time.perf_counter()
+    file = None if work is None else work / "fit.safetensors"
+    if file is not None and _restore(adapted, file, key):
+        fitted = _kept_facts(file)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        fitted = adapted.method.fit(adapted.model, windows, generator=generator, progress=progress)
+        if file is not None:
+            _keep(adapted, file, key, fitted)
+    return {"fitted": fitted, "fit_seconds": round(time.perf_counter() - started, 1)}
 
 
 def _train(
@@ -153,8 +175,11 @@ def _keep(adapted: Adapted, file: Path, key: str, fitted: dict[str, Any]) -> Non
     host = {f"host/{k}": v.clone() for k, v in adapted.model.state_dict().items()}
     method = {f"method/{k}": v.clone() for k, v in adapted.method.state(adapted.model).items()}
     temporary = file.with_suffix(".tmp")
-    save_file(host | method, temporary, metadata={"key": key, "fitted": json.dumps(fitted)})
-    temporary.rename(file)
+    try:
+        save_file(host | method, temporary, metadata={"key": key, "fitted": json.dumps(fitted)})
+        temporary.rename(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _restore(adapted: Adapted, file: Path, key: str) -> bool:

@@ -113,11 +113,12 @@ class Adapted(nn.Module):
         past = 0 if cache is None else int(cache.get_seq_length())
         phase = "decode" if past and num_tokens == 1 else "prefill"
         mask = kwargs.get("attention_mask")
-        mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] == past + num_tokens else None
+        mask = _plain_mask(mask, num_rows, num_tokens, past)
         valid, first = _marks(mask, num_rows, num_tokens, past, tokens.device)
         spending = current_spending()
         settings = self._settings(spending, phase, num_rows, tokens.device)
-        enter_pass(Pass(phase, valid, first, settings, is_plain=phase == "decode", past=past, mask=mask))
+        is_plain = phase == "decode" and (mask is None or bool((valid & ~first).all()))
+        enter_pass(Pass(phase, valid, first, settings, is_plain=is_plain, past=past, mask=mask))
         if spending is not None:
             full = self.geometry.ffn_size
             spending.meter.open_pass(phase, valid, self.geometry.num_layers, full)
@@ -157,6 +158,25 @@ class Adapted(nn.Module):
         spending.meter.bill(head_cost(self.geometry, num_logits, self.dtype.itemsize))
 
 
+def _plain_mask(mask: Any, num_rows: int, num_tokens: int, past: int) -> torch.Tensor | None:
+    """The mask as one mark a token, [B, past + T], True where it is not padding; None where there is none to read.
+
+    For caches of a fixed size `transformers` hands over what it makes of the user's mask: [B, 1, T, S] (booleans, or
+    numbers to add to the scores), or one such for each kind of layer.
+    """
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, torch.Tensor) or mask.shape[-1] < past + num_tokens:
+        return None
+    if mask.dim() == 2:
+        return mask.bool() if mask.shape[1] == past + num_tokens else None
+    if mask.dim() != 4 or mask.shape[2] != num_tokens:
+        return None
+    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1  # [B, T, S]
+    own = seen[:, :, past : past + num_tokens].diagonal(dim1=1, dim2=2)  # a token that is not padding sees itself
+    return torch.cat([seen[:, -1, :past], own], 1).expand(num_rows, -1)
+
+
 def _marks(
     mask: torch.Tensor | None, num_rows: int, num_tokens: int, past: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,7 +184,7 @@ def _marks(
     valid = torch.ones(num_rows, num_tokens, dtype=torch.bool, device=device)
     first = torch.zeros_like(valid)
     if mask is not None:
-        valid = mask[:, past:].bool()
+        valid = mask[:, past:]
         first = (mask.long().cumsum(1)[:, past:] == 1) & valid
     elif past == 0 and num_tokens:
         first[:, 0] = True

@@ -10,6 +10,7 @@ A folder appears under its name only when it is complete, and each file's digest
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import rheostat
 from rheostat import families
@@ -75,6 +77,10 @@ def write_plain(
 ) -> None:
     """Write a checkpoint that stock `transformers` loads: configuration, weights in shards, tokenizer."""
     save_torch_state_dict(state, folder, max_shard_size="5GB")
+    config = copy.deepcopy(config)
+    config.dtype = next(iter(state.values())).dtype
+    if not config.architectures:  # other engines look here; a model made from a configuration does not say
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.save_pretrained(folder)
     if generation_config is not None:
         generation_config.save_pretrained(folder)

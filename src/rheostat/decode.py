@@ -44,7 +44,7 @@ def stream(
     Runs under the enclosing `rheostat.spend`. Rows that ended go on with their end token, so that shapes stay put.
 
     Raises:
-        SettingError: an empty prompt, or `max_new_tokens` below 1.
+        SettingError: an empty prompt, padding on the right, or `max_new_tokens` below 1.
     """
     if input_ids.dim() != 2 or not input_ids.numel():
         raise bad_setting("input_ids", tuple(input_ids.shape), "of shape [B, T] with at least one token")
@@ -52,6 +52,9 @@ def stream(
         raise bad_setting("max_new_tokens", max_new_tokens, "1 or more")
     method, model = adapted.method, adapted.model
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if mask.shape != input_ids.shape or not bool(mask[:, -1].all()):
+        allowed = f"{list(input_ids.shape)}, with padding on the left only"
+        raise bad_setting("attention_mask", f"{list(mask.shape)}", allowed)
     cache = method.make_cache(model)
     started = time.perf_counter()
     logits = method.prefill(model, input_ids, mask, cache)

@@ -12,6 +12,10 @@ import torch
 from rheostat.errors import SettingError, bad_setting
 
 
+ROUNDING = 1e-6
+"""A `compute` this little below the range is in it: float32 tensors and printed tables round."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dial:
     """A calibration table: at each point, the `compute` that was measured and the native setting that gave it.
@@ -44,7 +48,7 @@ class Dial:
         Raises:
             SettingError: outside the reachable range.
         """
-        if not self.low - 1e-9 <= compute <= 1:
+        if not self.low - ROUNDING <= compute <= 1:
             raise bad_setting("compute", compute, _allowed(self.low))
         if compute == 1.0:
             return {name: values[0] for name, values in self.settings.items()}
@@ -87,7 +91,7 @@ class Dial:
 def _allowed(low: float) -> str:
     if low == 1.0:
         return "1.0: this model has no calibrated dial (adapt it first)"
-    return f"between {low:.3f} and 1, the range this model's dial reaches"
+    return f"between {math.ceil(low * 1000) / 1000:.3f} and 1, the range this model's dial reaches"
 
 
 def _between(a: float, b: float, share: float) -> float:

@@ -28,8 +28,10 @@ class Family:
     """Gate and up are one matrix [2F, D], gate first."""
 
 
-FFN_PROJECTIONS = ("mlp.host.gate_proj", "mlp.host.up_proj", "mlp.host.gate_up_proj", "mlp.host.down_proj")
-"""How the names of the host's projections end while a method's FFN holds them."""
+FFN_PROJECTIONS = tuple(
+    f"{place}.{name}" for place in ("mlp", "mlp.host") for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+)
+"""How the names of the host's projections end, on their own and while a method's FFN holds them."""
 
 _LLAMA_LIKE = Family()
 _GEMMA_LIKE = Family(pre_norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm")
@@ -148,7 +150,7 @@ class GatedMLP:
             both = self.host.gate_up_proj.weight  # type: ignore[union-attr]
             both.copy_(both[torch.cat([order, order + self.ffn_size])])  # type: ignore[operator,index]
         else:
-            for linear in (self.host.gate_proj, self.host.up_proj):  # type: ignore[union-attr]
+            for linear in (self.host.gate_proj, self.host.up_proj):
                 linear.weight.copy_(linear.weight[order])  # type: ignore[union-attr,operator,index]
         self.down.weight.copy_(self.down.weight[:, order])
 

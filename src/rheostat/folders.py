@@ -25,6 +25,8 @@ def check_output(path: str | Path, *, overwrite: bool, needed_bytes: int = 0) ->
     if path.exists() and not path.is_dir():
         raise bad_setting("out", str(path), "a folder, this is a file")
     parent = _existing_parent(path)
+    if not parent.is_dir():
+        raise bad_setting("out", str(path), f"in a folder, and {parent} is a file")
     if not os.access(parent, os.W_OK):
         raise bad_setting("out", str(path), f"in a folder that can be written; {parent} cannot")
     free = shutil.disk_usage(parent).free
@@ -59,7 +61,11 @@ def whole_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         if path.exists():
             old = temporary.with_name(temporary.name + ".old")
             path.rename(old)
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
             shutil.rmtree(old)
         else:
             temporary.rename(path)

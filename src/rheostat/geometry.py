@@ -46,6 +46,8 @@ class Geometry:
         window = getattr(config, "sliding_window", None) or 0
         kinds = getattr(config, "layer_types", None) or []
         windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+        if not kinds:  # families without kinds of layers (Mistral, Phi-3) have one window for all
+            windows = (window,) * config.num_hidden_layers
         return cls(
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,

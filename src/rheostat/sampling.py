@@ -38,7 +38,8 @@ def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator 
 
 def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """The distribution [B, V] that `sample` draws from, for a temperature above 0."""
-    scaled = logits.float() / sampling.temperature
+    logits = logits.float()
+    scaled = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # at most 0: no overflow when cold
     if 0 < sampling.top_k < scaled.shape[-1]:
         least = scaled.topk(sampling.top_k).values[:, -1:]
         scaled = scaled.masked_fill(scaled < least, -torch.inf)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -91,9 +91,10 @@ def spend(
 
 
 def _check_compute(value: Compute) -> tuple[float, ...]:
+    if isinstance(value, torch.Tensor):
+        value = value.flatten().tolist()
     try:
-        values = value.flatten().tolist() if isinstance(value, torch.Tensor) else value
-        numbers = tuple(float(v) for v in values) if isinstance(values, list | tuple) else (float(values),)  # type: ignore[arg-type]
+        numbers = tuple(float(v) for v in value) if isinstance(value, list | tuple) else (float(value),)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise bad_setting("compute", value, "a number in (0, 1], or one a row") from None
     if not numbers or any(math.isnan(v) or not 0 < v <= 1 for v in numbers):
@@ -130,5 +131,17 @@ def current_pass() -> Pass | None:
 
 
 def enter_pass(one: Pass) -> None:
-    """Announce a forward pass. It stays in force until the next one, so that recomputation in backward still sees it."""
+    """Announce a forward pass. It stays in force until the next one."""
     _pass.set(one)
+
+
+@contextmanager
+def replay(spending: Spending | None, one: Pass | None) -> Iterator[None]:
+    """Put back what was in force when a layer ran, to run it again in backward (maybe in another thread); nothing is billed twice."""
+    quiet = None if spending is None else replace(spending, meter=Meter(keep_passes=False))
+    tokens = _spending.set(quiet), _pass.set(one)
+    try:
+        yield
+    finally:
+        _spending.reset(tokens[0])
+        _pass.reset(tokens[1])

@@ -24,6 +24,8 @@ def make_method(settings: Mapping[str, Any]) -> Method:
     """
     name = settings.get("name")
     if name == Chain.name:
+        if unknown := sorted(set(settings) - {"name", "methods"}):
+            raise bad_setting(f"chain.{unknown[0]}", settings[unknown[0]], "one of the settings methods")
         return Chain([make_method(one) for one in settings.get("methods", ())])
     if name not in METHODS:
         raise bad_setting("method", name, f"one of {', '.join(METHODS)}")

@@ -6,6 +6,7 @@ ever asks whether there is a method.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -102,7 +103,10 @@ class Method:
             batch: `input_ids` [B, T], and what else the model takes.
             teacher_logits: [B, T, V] of the dense model, when distilling.
         """
-        out = model(**batch, labels=batch["input_ids"])
+        labels = batch["input_ids"]
+        if "attention_mask" in batch:
+            labels = labels.masked_fill(batch["attention_mask"] == 0, -100)  # padding is not to be learned
+        out = model(**batch, labels=labels)
         return out.loss, {"lm": float(out.loss.detach())}
 
     def trainable(self, model: PreTrainedModel) -> list[str]:
@@ -156,7 +160,8 @@ class Method:
         """
         low = self.floor(geometry)
         if not low <= compute <= 1:
-            raise bad_setting("compute", compute, f"between {low:.3f} and 1 for {self.name} on this model")
+            least = math.ceil(low * 1000) / 1000  # rounded up, so that what we offer is allowed
+            raise bad_setting("compute", compute, f"between {least:.3f} and 1 for {self.name} on this model")
 
     def baselines(
         self, model: PreTrainedModel, expert_counts: Mapping[int, torch.Tensor], seed: int

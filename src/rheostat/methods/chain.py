@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -88,7 +88,8 @@ class Chain(Method):
         teacher_logits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """The sum of the methods' losses."""
-        total, parts = torch.zeros((), device=batch["input_ids"].device), {}
+        total = torch.zeros((), device=batch["input_ids"].device)
+        parts: dict[str, float] = {}
         for method in self.methods or (Method(),):
             loss, logged = method.loss(model, batch, teacher_logits)
             total = total + loss
@@ -99,6 +100,10 @@ class Chain(Method):
         """All that any of the methods trains."""
         wanted = {name for method in self.methods for name in method.trainable(model)}
         return [name for name, _ in model.named_parameters() if name in wanted]
+
+    def wants_teacher(self) -> bool:
+        """When any of the methods does."""
+        return any(method.wants_teacher() for method in self.methods)
 
     def dialled(self) -> list[Method]:
         """Those of its methods that have a setting to turn."""
@@ -132,6 +137,14 @@ class Chain(Method):
             geometry, compute=compute, num_tokens=num_tokens, past=past, num_logits=num_logits, itemsize=itemsize
         )
 
+    def baselines(
+        self, model: PreTrainedModel, expert_counts: Mapping[int, torch.Tensor], seed: int
+    ) -> dict[str, Callable[[int, torch.Tensor], torch.Tensor]]:
+        """Those of its methods, by their names."""
+        return {
+            name: override for m in self.methods for name, override in m.baselines(model, expert_counts, seed).items()
+        }
+
     def make_cache(self, model: PreTrainedModel) -> Cache:
         """From the method at the cache stage."""
         return self.at("cache").make_cache(model)
@@ -154,6 +167,9 @@ class Chain(Method):
 
     def load_state(self, model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
         """Hand each method its own tensors."""
+        prefixes = tuple(f"{method.name}/" for method in self.methods)
+        if unknown := sorted(key for key in tensors if not key.startswith(prefixes)):
+            raise SettingError(f"artifact: tensor {unknown[0]} belongs to no method of this chain")
         for method in self.methods:
             prefix = f"{method.name}/"
             method.load_state(model, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})

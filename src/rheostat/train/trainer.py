@@ -5,22 +5,22 @@ Everything else (accelerate launch, FSDP, mixed precision, resuming, logging) is
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from rheostat import families
 from rheostat.adapted import Adapted
-from rheostat.errors import SettingError
-from rheostat.methods.base import MeteredFFN, Progress, no_progress
-from rheostat.spending import spend
+from rheostat.errors import SettingError, bad_setting
+from rheostat.methods.base import MeteredFFN, Method, Progress, no_progress
+from rheostat.spending import current_pass, current_spending, replay, spend
 from rheostat.train.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,8 @@ def train(
     Returns:
         Steps, tokens, seconds and the last logged losses.
     """
+    check_settings(adapted.model, adapted.method, settings)
+    torch.manual_seed(seed)  # the adapters' first values; the Trainer seeds the rest
     steps = max(1, settings.tokens // (settings.batch_size * settings.accumulate * windows.shape[1]))
     arguments = TrainingArguments(
         output_dir=str(output_dir),
@@ -69,7 +71,6 @@ def train(
         lr_scheduler_type="cosine",
         max_grad_norm=1.0,
         bf16=settings.bf16,
-        gradient_checkpointing=settings.gradient_checkpointing,
         logging_steps=max(1, steps // 50),
         save_strategy="no",  # by the clock, see `Clock`
         save_total_limit=1,
@@ -92,10 +93,10 @@ def train(
         )
         # The Trainer prints its logs; ours go through `progress` and the report.
         trainer.pop_callback(_printer())
-        last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-        if last:
+        last = _last_checkpoint(output_dir)
+        if last is not None:
             logger.info("resuming training from %s", last)
-        result = trainer.train(resume_from_checkpoint=last)
+        result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": steps,
@@ -103,6 +104,28 @@ def train(
         "seconds": round(float(result.metrics["train_runtime"]), 1),
         "log": logged,
     }
+
+
+def check_settings(model: PreTrainedModel, method: Method, settings: TrainSettings) -> None:
+    """Refuse, before any work is done, training that cannot be: the model may be attached already or not yet.
+
+    Raises:
+        SettingError: adapters are asked for and the method leaves the FFN as it is, or `peft` is not installed.
+    """
+    if not settings.lora_rank:
+        return
+    if not _adapter_targets(model, set(method.trainable(model))):
+        raise bad_setting("train.lora_rank", settings.lora_rank, f"0: {method.name} as set trains no weights of the FFN")
+    if importlib.util.find_spec("peft") is None:
+        raise SettingError(
+            f"train.lora_rank={settings.lora_rank}: needs peft; install it with: pip install 'rheostat[lora]'"
+        )
+
+
+def _last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint that was written to its end: the Trainer writes the state's file last."""
+    complete = [file.parent for file in output_dir.glob("checkpoint-*/trainer_state.json")]
+    return max(complete, key=lambda folder: int(folder.name.partition("-")[2]), default=None)
 
 
 def _printer() -> type[TrainerCallback]:
@@ -134,7 +157,7 @@ class DialTrainer(Trainer):
             with torch.no_grad():
                 teacher_logits = self.teacher(**inputs, use_cache=False).logits
         with spend(drawn if self.adapted.dial.low < 1 else 1.0, keep_passes=False):
-            loss, parts = self.adapted.method.loss(model, inputs, teacher_logits)  # type: ignore[arg-type]
+            loss, parts = self.adapted.method.loss(model, inputs, teacher_logits)
         for name, value in parts.items():
             self._parts.setdefault(name, []).append(value)
         if not torch.isfinite(loss):
@@ -149,10 +172,13 @@ class DialTrainer(Trainer):
         self._parts = {}
         super().log(logs | means, *args, **kwargs)
 
+    optimizer: torch.optim.Optimizer | None
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with two learning rates."""
         if self.optimizer is None:
-            routers, rest = [], []
+            routers: list[nn.Parameter] = []
+            rest: list[nn.Parameter] = []
             for name, parameter in (model or self.model).named_parameters():
                 if parameter.requires_grad:
                     (routers if ".router." in name else rest).append(parameter)
@@ -187,36 +213,61 @@ def _only(adapted: Adapted, settings: TrainSettings) -> Iterator[None]:
     model = adapted.model
     wanted = set(adapted.method.trainable(model))
     before = {name: p.requires_grad for name, p in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in wanted)
-    lora = _Adapters(adapted, settings.lora_rank) if settings.lora_rank else None
-    model.train()
+    had_cache, forward = model.config.use_cache, model.__dict__.get("forward")
+    checkpoints = settings.gradient_checkpointing and not model.is_gradient_checkpointing
+    lora = None
     try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in wanted)
+        if settings.lora_rank:
+            lora = _Adapters(model, settings.lora_rank, wanted)
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": _recomputed})
+        model.train()
         yield
     finally:
         if lora is not None:
             lora.merge()
+        if checkpoints:
+            model.gradient_checkpointing_disable()
         model.eval()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before.get(name, True))
         model.zero_grad(set_to_none=True)
+        # The Trainer turns the cache off for good, and mixed precision leaves its own forward on the model.
+        model.config.use_cache = had_cache
+        model.__dict__.pop("_original_forward", None)
+        model.__dict__.pop("forward", None)
+        if forward is not None:
+            model.forward = forward
+
+
+def _recomputed() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For gradient checkpointing: recomputation comes after the `spend` block and must see its dial all the same."""
+    return nullcontext(), replay(current_spending(), current_pass())
+
+
+def _adapter_targets(model: nn.Module, wanted: set[str]) -> list[str]:
+    """The FFN projections that training changes."""
+    return [
+        name
+        for name, _ in model.named_modules()
+        if name.endswith(families.FFN_PROJECTIONS) and f"{name}.weight" in wanted
+    ]
 
 
 class _Adapters:
     """Low-rank adapters on every FFN projection, through `peft`."""
 
-    def __init__(self, adapted: Adapted, rank: int) -> None:
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError:
-            raise SettingError(f"train.lora_rank={rank}: needs peft; install it with: pip install 'rheostat[lora]'") from None
-        self.model = adapted.model
-        hosts = [name for name, _ in self.model.named_modules() if name.endswith(families.FFN_PROJECTIONS)]
-        self.routers = {n: p for n, p in self.model.named_parameters() if ".router." in n or ".downs." in n}
-        wanted = {name: p.requires_grad for name, p in self.routers.items()}
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=hosts), self.model)
-        for name, parameter in self.routers.items():  # peft freezes all that is not an adapter
-            parameter.requires_grad_(wanted[name])
+    def __init__(self, model: PreTrainedModel, rank: int, wanted: set[str]) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        self.model = model
+        targets = _adapter_targets(model, wanted)
+        kept = [p for n, p in model.named_parameters() if p.requires_grad and (".router." in n or ".downs." in n)]
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
+        for parameter in kept:  # peft freezes all that is not an adapter
+            parameter.requires_grad_(True)
         self._set_naive(True)
 
     def merge(self) -> None:

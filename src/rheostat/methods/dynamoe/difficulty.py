@@ -61,6 +61,17 @@ CRITERIA: dict[str, Criterion] = {
 NEEDS_GRADIENT = frozenset({"fisher"})
 
 
+def fisher_root(gradient: torch.Tensor) -> torch.Tensor:
+    """R [D, D] with R R^T the mean outer product of gradients [N, D]: an error e does |e R|^2 / 2 nats of damage on average.
+
+    Small eigenvalues are floored, so that directions no gradient has shown are not free.
+    """
+    metric = (gradient.T @ gradient / len(gradient)).double()
+    metric.diagonal().add_(0.01 * metric.diagonal().mean())
+    values, vectors = torch.linalg.eigh(metric)
+    return (vectors * values.clamp(min=0).sqrt()).float()
+
+
 def labels(damage: torch.Tensor, tolerance: float) -> torch.Tensor:
     """The smallest expert whose damage is within `tolerance` (theta_label = 1 - tolerance for the card's similarities).
 
@@ -77,26 +88,44 @@ def labels(damage: torch.Tensor, tolerance: float) -> torch.Tensor:
 @torch.no_grad()
 def slice_damages(
     ffn: NestedFFN,
-    criterion: str,
     hidden: torch.Tensor,
-    residual: torch.Tensor,
-    gradient: torch.Tensor | None,
-    contribute: Callable[[torch.Tensor], torch.Tensor],
+    damage: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Damage [N, E-1] that each smaller slice does to tokens with hidden activations [N, F].
 
     Args:
-        residual: [N], norm of the residual stream.
-        gradient: [N, D], for a criterion that needs it.
-        contribute: from the FFN's output to what joins the stream; the residual criterion compares there.
+        damage: (small [N, D], full [N, D]) -> [N], as a criterion with its other arguments bound.
     """
-    dtype = ffn.mlp.down.weight.dtype
-    hidden = hidden.to(dtype)
+    hidden = hidden.to(ffn.mlp.down.weight.dtype)
     full = nn.functional.linear(hidden, ffn.mlp.down.weight)
-    in_stream = contribute if criterion == "residual" else lambda y: y
-    full = in_stream(full).float()
     damages = []
     for expert, size in enumerate(ffn.sizes[:-1]):
         small = nn.functional.linear(hidden[:, :size], *down_of(ffn.mlp, ffn.downs, expert, size))
-        damages.append(CRITERIA[criterion](in_stream(small).float(), full, residual[:, None], gradient))
+        damages.append(damage(small, full))
     return torch.stack(damages, 1)
+
+
+def bound(
+    criterion: str,
+    contribute: Callable[[torch.Tensor], torch.Tensor],
+    residual: torch.Tensor,
+    gradient: torch.Tensor | None = None,
+    root: torch.Tensor | None = None,
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A criterion with all arguments but the two outputs bound.
+
+    Args:
+        contribute: from the FFN's output to what joins the stream; the residual criterion compares there.
+        residual: [N], norm of the residual stream.
+        gradient: [N, D], for the single-draw form of the fisher criterion.
+        root: [D, D] of `fisher_root`, for its expectation over draws, the same for all tokens; used instead of gradients.
+    """
+
+    def damage(small: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+        if criterion == "residual":
+            small, full = contribute(small), contribute(full)
+        if root is not None:
+            return 0.5 * ((small - full).float() @ root).square().sum(-1)
+        return CRITERIA[criterion](small.float(), full.float(), residual[:, None], gradient)
+
+    return damage

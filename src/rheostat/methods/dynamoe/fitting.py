@@ -18,7 +18,7 @@ import torch
 
 from rheostat import families
 from rheostat.methods.base import Progress
-from rheostat.methods.dynamoe.difficulty import NEEDS_GRADIENT, slice_damages
+from rheostat.methods.dynamoe.difficulty import NEEDS_GRADIENT, bound, fisher_root, slice_damages
 from rheostat.methods.dynamoe.ffn import NestedFFN
 from rheostat.methods.dynamoe.fit_router import fit_router
 from rheostat.methods.dynamoe.solve import Moments, rank, refit
@@ -98,19 +98,23 @@ def _fit_layer(
         # (A norm between the FFN and the stream has no inverse, so there the drift is left alone.)
         target += (dense_middle[:, 1:].flatten(0, 1) - stream).float()
     num_labelled = len(inside) if gradient is None else len(gradient)
-    metric = None if gradient is None else gradient.float().T @ gradient.float() / len(gradient)
+    root = None if gradient is None else fisher_root(gradient.float())
 
     moments = Moments.of(hidden, target, weight)
-    order = rank(method.ranking, moments, down, metric)
+    order = rank(method.ranking, moments, down, root)
     ffn.mlp.reorder(order)
     ffn.order.copy_(ffn.order[order])
     hidden = hidden[:, order]
 
     def router_fit() -> tuple[torch.Tensor, float]:
-        labelled = None if gradient is None else gradient.float()
-        damage = slice_damages(ffn, method.criterion, hidden[:num_labelled], norm[:num_labelled], labelled, contribute)
+        smooth = slice_damages(ffn, hidden, bound(method.criterion, contribute, norm, root=root))
+        draws = None
+        if gradient is not None:
+            drawn = bound(method.criterion, contribute, norm[:num_labelled], gradient=gradient.float())
+            draws = slice_damages(ffn, hidden[:num_labelled], drawn)
         settings = (method.target, method.tolerance, method.router_steps, generator)
-        return damage, fit_router(ffn.router, inside[:num_labelled], damage, *settings)
+        loss = fit_router(ffn.router, inside, smooth, *settings, draws=draws)
+        return smooth if draws is None else draws, loss
 
     if method.refit:
         ffn.add_downs(has_bias=method.refit_bias)

@@ -58,7 +58,7 @@ class DynaMoE(Method):
     """Give each smaller slice its own re-fitted down projection (memory: about (E - 1) / 2 down projections more)."""
     refit_bias: bool = True
     """Let it carry the mean of what was left out (only families with an `mlp_bias` switch can export such a slice)."""
-    ridge: float = 1e-3
+    ridge: float = 1e-2
     """Ridge of that fit, relative to the mean of the Gram matrix's diagonal."""
     sequential: bool = True
     """Solve each layer on the stream of the model as adapted so far; otherwise on the dense model's."""

@@ -43,7 +43,7 @@ class Moments:
         return Moments(self.mean[channels], gram, self.cross[channels], self.target, self.magnitude[channels])
 
 
-def rank(kind: str, moments: Moments, down: torch.Tensor, metric: torch.Tensor | None = None) -> torch.Tensor:
+def rank(kind: str, moments: Moments, down: torch.Tensor, root: torch.Tensor | None = None) -> torch.Tensor:
     """Channels from the most to the least important.
 
     Args:
@@ -51,7 +51,7 @@ def rank(kind: str, moments: Moments, down: torch.Tensor, metric: torch.Tensor |
             (both from the card); `elimination` is ours, see `eliminate`.
         moments: of the hidden activations.
         down: W, [D, F].
-        metric: [D, D], how much an error in the FFN's output matters; None for the identity. Only for `elimination`.
+        root: R [D, D]; an error e in the FFN's output matters as |e R|^2. None for the identity. Only for `elimination`.
 
     Returns:
         [F] int64.
@@ -62,13 +62,13 @@ def rank(kind: str, moments: Moments, down: torch.Tensor, metric: torch.Tensor |
         return moments.magnitude.argsort(descending=True, stable=True)
     if kind == "activation_weight":
         return (moments.magnitude * down.norm(dim=0)).argsort(descending=True, stable=True)
-    return eliminate(moments.gram, down, metric)
+    return eliminate(moments.gram, down, root)
 
 
 def eliminate(
     gram: torch.Tensor,
     down: torch.Tensor,
-    metric: torch.Tensor | None = None,
+    root: torch.Tensor | None = None,
     *,
     ridge: float = 1e-3,
     block: int = 16,
@@ -85,7 +85,7 @@ def eliminate(
     size = gram.shape[0]
     gram = gram.double()
     inverse = torch.linalg.inv(gram + ridge * gram.diagonal().mean() * torch.eye(size, dtype=gram.dtype, device=gram.device))
-    weight = down.double() if metric is None else _root(metric) @ down.double()
+    weight = down.double() if root is None else root.T.double() @ down.double()
     alive = torch.arange(size, device=gram.device)
     gone: list[torch.Tensor] = []
     while len(alive) > block:
@@ -99,14 +99,6 @@ def eliminate(
         alive = alive[keep]
     gone.append(alive[(weight.square().sum(0) / inverse.diagonal()).argsort(stable=True)])
     return torch.cat(gone).flip(0)
-
-
-def _root(metric: torch.Tensor) -> torch.Tensor:
-    """The symmetric square root of a covariance, with a floor that keeps unseen directions from being free."""
-    metric = metric.double()
-    eye = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
-    values, vectors = torch.linalg.eigh(metric + 0.01 * metric.diagonal().mean() * eye)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def refit(moments: Moments, ridge: float, *, has_bias: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:

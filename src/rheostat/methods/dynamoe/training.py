@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from rheostat import families
-from rheostat.methods.dynamoe.difficulty import NEEDS_GRADIENT, slice_damages
+from rheostat.methods.dynamoe.difficulty import NEEDS_GRADIENT, bound, slice_damages
 from rheostat.methods.dynamoe.fit_router import router_loss
 from rheostat.methods.dynamoe.watching import recording
 from rheostat.spending import current_spending, spend
@@ -69,12 +69,12 @@ def language_loss(
     return total, parts
 
 
-def _row_dial(row: int) -> AbstractContextManager[object]:
+def _row_dial(row: int, num_rows: int) -> AbstractContextManager[object]:
     """The dial of one row of the batch, where rows have dials of their own."""
     spending = current_spending()
     if spending is None or spending.native is not None:
         return nullcontext()
-    return spend(spending.prefill[row % len(spending.prefill)])
+    return spend(spending.rows("prefill", num_rows)[row])
 
 
 def _routers_loss(method: DynaMoE, model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -85,7 +85,7 @@ def _routers_loss(method: DynaMoE, model: PreTrainedModel, batch: Mapping[str, t
     keep = torch.ones_like(one["input_ids"][0], dtype=torch.bool) if mask is None else mask[0].bool()
     keep = keep & (keep.long().cumsum(0) > 1)  # the first token is pinned: nothing to learn from it
     needs_gradient = method.criterion in NEEDS_GRADIENT
-    with _row_dial(pick), recording(model) as seen, torch.set_grad_enabled(needs_gradient):
+    with _row_dial(pick, len(batch["input_ids"])), recording(model) as seen, torch.set_grad_enabled(needs_gradient):
         logits = model(**one, use_cache=False).logits[0].float()
         gradients: tuple[torch.Tensor | None, ...] = (None,) * len(seen)
         if needs_gradient:
@@ -97,13 +97,9 @@ def _routers_loss(method: DynaMoE, model: PreTrainedModel, batch: Mapping[str, t
         ffn = layer.mlp
         x = record["x"][0, keep]
         with torch.no_grad():
-            damage = slice_damages(
-                ffn,  # type: ignore[arg-type]
-                method.criterion,
-                ffn.mlp.hidden(x),  # type: ignore[union-attr,operator]
-                record["residual"][0, keep],
-                None if gradient is None else gradient[0, keep].float(),
-                families.contribution(model, layer),
-            )
+            labelled = None if gradient is None else gradient[0, keep].float()
+            contribute = families.contribution(model, layer)
+            damage_of = bound(method.criterion, contribute, record["residual"][0, keep], gradient=labelled)
+            damage = slice_damages(ffn, ffn.mlp.hidden(x), damage_of)  # type: ignore[arg-type,union-attr,operator]
         total = total + router_loss(ffn.router(x), damage, method.target, method.tolerance)  # type: ignore[union-attr,operator]
     return total / len(seen)

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rheostat.commands.eval import names
+
+SMALL = ("--windows", "4", "--length", "48")
+
+
+def test_table_report_and_picture(rheostat, dial_folder: Path, tiny_text: Path, tmp_path: Path):
+    other = tmp_path / "other.txt"
+    other.write_text("All that glitters is not gold. " * 40)
+    out = tmp_path / "figures"
+    done = rheostat(
+        "eval",
+        dial_folder,
+        "--data",
+        f"{tiny_text},{other}",
+        "--compute",
+        "1.0,0.9,0.8,0.9",
+        *SMALL,
+        "--out",
+        out,
+        "--json",
+    )
+    assert done.status == 0, done.err
+    figures = done.figures
+    assert [text["name"] for text in figures["texts"]] == ["words", "other"]
+    for text in figures["texts"]:
+        kinds = [(run["kind"], run["asked"]) for run in text["runs"]]
+        rivals = [("dial", c) for c in (0.9, 0.8)]
+        wanted = [one for rival in rivals for one in (rival, ("static", rival[1]), ("random", rival[1]))]
+        assert kinds == [("dense", 1.0), *wanted]
+        dense, first, static = text["runs"][:3]
+        assert (dense["ratio"], dense["agreement"], dense["compute"]) == (1.0, 1.0, 1.0)
+        assert first["compute"] < 1
+        assert first["tokens_per_second"] > 0
+        assert static["ffn_fraction"] >= first["ffn_fraction"] - 1e-9  # rounding favours the baseline
+    assert figures["provenance"]["artifact_digest"]
+    assert json.loads((out / "report.json").read_text()) == figures
+    assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in out.iterdir()) == ["pareto.png", "report.json"]
+    assert "words: 4 windows of 48" in done.out
+    assert "other: baselines: done" in done.err
+
+
+def test_without_baselines_and_with_the_default_dial(rheostat, dial_folder: Path, tiny_text: Path):
+    done = rheostat("eval", dial_folder, "--data", tiny_text, *SMALL, "--no-baselines", "--json")
+    assert {run["kind"] for run in done.figures["texts"][0]["runs"]} == {"dense", "dial"}
+    low = json.loads((dial_folder / "rheostat.json").read_text())["dial"]["compute"][-1]
+    asked = [run["asked"] for run in done.figures["texts"][0]["runs"]]
+    assert asked == [c for c in (1.0, 0.9, 0.8, 0.7) if c >= low]
+
+
+def test_a_dense_model(rheostat, tiny_model_folder: Path, tiny_text: Path, tmp_path: Path):
+    done = rheostat("eval", tiny_model_folder, "--data", tiny_text, *SMALL, "--json", "--out", tmp_path)
+    assert done.status == 0, done.err
+    assert [run["kind"] for run in done.figures["texts"][0]["runs"]] == ["dense"]
+    assert done.figures["provenance"]["model_digest"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--compute", "0"], "compute=0.0: must be between"),
+        (["--compute", "nan"], "compute=nan: must be between"),
+        (["--compute", "0.9,1.5"], "compute=1.5: must be between"),
+        (["--compute", "0.01"], "compute=0.01: must be between"),
+        (["--data", "none"], "data='none': must be an existing file"),
+        (["--windows", "0"], "limit=0: must be at least 1"),
+        (["--length", "1"], "length=1: must be at least 2"),
+        (["--length", "300"], "length=300: must be at most 256: this model reads 256 tokens"),
+    ],
+)
+def test_bad_settings(
+    refused, dial_folder: Path, tiny_text: Path, tmp_path: Path, flags: list[str], message: str
+):
+    common = ("eval", dial_folder, "--data", tiny_text, *SMALL, "--out", tmp_path / "figures")
+    assert message in refused(*common, *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_that_cannot_be_written(
+    refused, dial_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").write_text("")
+    assert "this is a file" in refused("eval", dial_folder, "--out", tmp_path / "file")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr("os.access", lambda path, _: str(path) != str(tmp_path / "folder"))
+    assert "that can be written" in refused("eval", dial_folder, "--out", tmp_path / "folder")
+
+
+def test_names_of_texts():
+    assert names(["a/x.jsonl.gz", "builtin:heldout", "folder/"]) == {
+        "x": "a/x.jsonl.gz",
+        "builtin:heldout": "builtin:heldout",
+        "folder": "folder/",
+    }
+    assert list(names(["a/x.txt", "b/x.txt"])) == ["a/x.txt", "b/x.txt"]

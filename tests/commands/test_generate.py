@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rheostat as api
+from rheostat import terminal
+from rheostat.commands.generate import Writer
+from tests.conftest import SPECIAL, byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+
+
+def test_text_and_bill(rheostat, dial_folder: Path):
+    done = rheostat("generate", dial_folder, "Hello", "--max-new-tokens", 9, "--compute", "1.0,0.8", "--json")
+    assert done.status == 0, done.err
+    assert done.err == ""
+    dense, cheap = done.figures["answers"]
+    assert dense["asked"] == {"prefill": 1.0, "decode": 1.0}
+    assert dense["bill"]["compute"] == 1.0
+    assert set(dense["ffn_fractions"]) == {1.0}
+    assert cheap["bill"]["compute"] < 1
+    bill = cheap["bill"]
+    assert bill["prompt_tokens"] == 5
+    assert (
+        bill["new_tokens"] == len(cheap["token_ids"]) == len(cheap["tokens"]) == len(cheap["ffn_fractions"])
+    )
+    assert bill["flops"] < bill["dense_flops"]
+    assert bill["ms_per_token"] > 0
+    assert done.figures["provenance"]["artifact_digest"]
+    assert f"compute  {bill['compute']:.3f} of dense spent, 0.8 asked" in done.out
+    assert "▇" in done.out or "▆" in done.out or "▅" in done.out
+    assert "\x1b" not in done.out
+
+
+def test_the_same_tokens_as_the_library_with_the_same_widths(rheostat, dial_folder: Path):
+    """The width shown with a token is that of the pass whose logits chose it."""
+    figures = rheostat(
+        "generate", dial_folder, "Rivers", "--max-new-tokens", 6, "--compute", "0.8", "--json"
+    ).figures
+    answer = figures["answers"][0]
+    adapted, tokenizer = api.load(str(dial_folder))
+    inputs = tokenizer("Rivers", return_tensors="pt")
+    with api.spend(0.8) as meter, torch.inference_mode():
+        out = adapted.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=6,
+            do_sample=False,
+        )
+    assert out[0, 6:].tolist() == answer["token_ids"]
+    assert meter.token_fractions()[5:] == pytest.approx(answer["ffn_fractions"])
+
+
+def test_phases_apart(rheostat, dial_folder: Path):
+    common = ("generate", dial_folder, "Hello", "--max-new-tokens", 3, "--prefill-compute", "0.8", "--json")
+    answer = rheostat(*common).figures["answers"][0]
+    assert answer["asked"] == {"prefill": 0.8, "decode": 1.0}
+    assert answer["ffn_fractions"][1:] == [1.0, 1.0]
+
+
+def test_sampling_follows_the_seed(rheostat, dial_folder: Path):
+    common = (
+        "generate",
+        dial_folder,
+        "Hello",
+        "--max-new-tokens",
+        12,
+        "--temperature",
+        "1.5",
+        "--json",
+        "--seed",
+    )
+    answers = [rheostat(*common, seed).figures["answers"][0] for seed in (1, 1, 2, 3, 4)]
+    assert answers[0]["token_ids"] == answers[1]["token_ids"] != answers[2]["token_ids"]
+    for answer in answers:  # random bytes, which often end in the middle of a character
+        assert answer["text"] == TOKENIZER.decode(answer["token_ids"], skip_special_tokens=True)
+    assert any(answer["text"].endswith("\ufffd") for answer in answers)
+
+
+def test_colours_on_a_terminal(rheostat, dial_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(terminal, "uses_colour", lambda _: True)
+    arguments = ("generate", dial_folder, "Hello", "--max-new-tokens", 4)
+    assert f"48;5;{terminal.RAMP[-1]}m" in rheostat(*arguments).out.splitlines()[1]
+    assert "FFN width" in rheostat(*arguments).out.splitlines()[0]
+
+
+def test_a_dense_model(rheostat, refused, tiny_model_folder: Path):
+    done = rheostat("generate", tiny_model_folder, "Hello", "--max-new-tokens", 3, "--json")
+    assert done.status == 0, done.err
+    assert done.figures["provenance"]["model_digest"]
+    assert "no calibrated dial" in refused("generate", tiny_model_folder, "Hello", "--compute", "0.8")
+
+
+def test_the_chat_template_is_used_where_there_is_one(
+    rheostat, refused, tiny_model_folder: Path, tmp_path: Path
+):
+    from transformers import AutoModelForCausalLM
+
+    model = tmp_path / "chat"
+    AutoModelForCausalLM.from_pretrained(tiny_model_folder).save_pretrained(model)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    tokenizer.save_pretrained(model)
+
+    def num_tokens(*arguments: object) -> int:
+        done = rheostat("generate", *arguments, "--max-new-tokens", 2, "--json")
+        assert done.status == 0, done.err
+        return done.figures["answers"][0]["bill"]["prompt_tokens"]
+
+    assert num_tokens(model, "Hello") == 7
+    assert num_tokens(model, "Hello", "--no-chat") == 5
+    assert "chat=True: must be off" in refused("generate", tiny_model_folder, "Hello", "--chat")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Hi", "--compute", "0"], "compute=0.0: must be between"),
+        (["Hi", "--compute", "nan"], "compute=nan: must be between"),
+        (["Hi", "--compute", "1.5"], "compute=1.5: must be between"),
+        (["Hi", "--compute", "1.0,0.01"], "compute=0.01: must be between"),
+        (["Hi", "--decode-compute", "0.01"], "compute=0.01: must be between"),
+        (["Hi", "--compute", "low"], "must be of type float"),
+        (["Hi", "--compute", ","], "compute=(): must be at least one number"),
+        (["Hi", "--max-new-tokens", "0"], "max_new_tokens=0: must be 1 or more"),
+        (
+            ["Hi", "--max-new-tokens", "255"],
+            "max_new_tokens=255: must be at most 254: this model reads 256 tokens",
+        ),
+        (["Hi", "--temperature", "-1"], "temperature=-1.0: must be 0 or more"),
+        (["Hi", "--top-p", "0"], "top_p=0.0: must be above 0"),
+        ([""], "prompt='': must be at least one token"),
+        ([], "prompt: must be given"),
+        (["Hi", "there"], "unrecognized arguments: there"),
+    ],
+)
+def test_bad_settings(refused, dial_folder: Path, arguments: list[str], message: str):
+    assert message in refused("generate", dial_folder, *arguments)
+
+
+def test_a_missing_model(refused, tmp_path: Path):
+    assert "model=" in refused("generate", tmp_path / "none", "Hi")
+
+
+# -- text as it comes
+
+
+def written(token_ids: list[int]) -> tuple[str, list[str]]:
+    """All that a writer wrote, and the pieces."""
+    stream, pieces = io.StringIO(), []
+    writer = Writer(stream, TOKENIZER.decode, None)
+    for token in token_ids:
+        before = len(stream.getvalue())
+        writer.push(token, 1.0)
+        pieces.append(stream.getvalue()[before:])
+    writer.finish()
+    return writer.text, pieces
+
+
+def test_a_character_comes_whole():
+    token_ids = TOKENIZER("né€𝄞!")["input_ids"]
+    text, pieces = written(token_ids)
+    assert text == "né€𝄞!"
+    assert pieces == ["n", "", "é", "", "", "€", "", "", "", "𝄞", "!"]
+
+
+@given(st.text())
+def test_writing_loses_nothing(text: str):
+    assert written(TOKENIZER(text)["input_ids"])[0] == text
+
+
+@given(st.lists(st.integers(len(SPECIAL), len(TOKENIZER) - 1), max_size=30))
+def test_bytes_that_are_no_text_come_as_the_tokenizer_decodes_them(token_ids: list[int]):
+    assert written(token_ids)[0] == TOKENIZER.decode(token_ids, clean_up_tokenization_spaces=False)
