@@ -3,7 +3,8 @@
     python recipes/build_data.py path/to/data
 
 The folder holds text/novels_train.jsonl.gz, text/openstax_train.jsonl.gz, text/us_speeches.jsonl.gz,
-text/wikitext2_raw_valid.txt.gz and prompts/bold.jsonl.gz; sources and licences are in src/rheostat/data/README.md. Calibration
+text/wikitext2_raw_valid.txt.gz and prompts/bold.jsonl.gz; sources and licences are in
+src/rheostat/data/README.md. Calibration
 and held-out text share no document, and neither has any of the texts that our figures are measured on.
 """
 
@@ -32,9 +33,11 @@ def sources(folder: Path) -> dict[str, list[str]]:
     """Whole documents of each kind, in a fixed order."""
     with gzip.open(folder / "text/wikitext2_raw_valid.txt.gz", "rt", encoding="utf-8") as stream:
         wikitext = stream.read()
-    sentences = [s for row in rows(folder / "prompts/bold.jsonl.gz") for s in row["wikipedia"]] if isinstance(
-        rows(folder / "prompts/bold.jsonl.gz")[0]["wikipedia"], list
-    ) else [row["wikipedia"] for row in rows(folder / "prompts/bold.jsonl.gz")]
+    sentences = (
+        [s for row in rows(folder / "prompts/bold.jsonl.gz") for s in row["wikipedia"]]
+        if isinstance(rows(folder / "prompts/bold.jsonl.gz")[0]["wikipedia"], list)
+        else [row["wikipedia"] for row in rows(folder / "prompts/bold.jsonl.gz")]
+    )
     random.Random(1).shuffle(sentences)
     return {
         "novels": [row["text"] for row in rows(folder / "text/novels_train.jsonl.gz")],

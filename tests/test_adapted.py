@@ -125,7 +125,9 @@ def test_sampling_follows_the_seed(qwen):
 
 
 def test_dials_that_do_not_fit_the_rows_are_refused(qwen):
-    with pytest.raises(SettingError, match=r"compute=\(1.0, 0.9\): must be one number, or one a row: the batch has 3 rows"):
+    with pytest.raises(
+        SettingError, match=r"compute=\(1.0, 0.9\): must be one number, or one a row: the batch has 3 rows"
+    ):
         together(qwen, [1.0, 0.9])
 
 
@@ -150,7 +152,9 @@ def test_phases_have_their_own_dials(qwen):
 
 
 def test_a_bad_dial_for_a_phase_states_the_range(qwen):
-    with pytest.raises(SettingError, match=r"compute=0.1: must be between 0\.\d+ and 1, the range this model's dial reaches"):
+    with pytest.raises(
+        SettingError, match=r"compute=0.1: must be between 0\.\d+ and 1, the range this model's dial reaches"
+    ):
         together(qwen, {"decode": 0.1})
 
 
@@ -159,9 +163,7 @@ def test_a_conversation_goes_on_with_a_filled_cache(fixture, request):
     adapted = request.getfixturevalue(fixture)
     compute = at(adapted, 0.4)
     cache = DynamicCache(config=adapted.config)
-    first = adapted.generate(
-        input_ids=PROMPTS, attention_mask=MASK, past_key_values=cache, compute=compute, **GREEDY
-    )
+    first = adapted.generate(input_ids=PROMPTS, attention_mask=MASK, past_key_values=cache, compute=compute, **GREEDY)
     more = tiny_windows(3, 5, seed=9)
     ids = torch.cat([first, more], 1)
     mask = torch.cat([MASK, torch.ones(3, 8 + 5, dtype=torch.long)], 1)

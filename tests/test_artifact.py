@@ -70,7 +70,9 @@ def test_stock_transformers_loads_it_as_the_dense_model(family, tiny_tokenizer, 
     assert type(stock).__name__ in stock.config.architectures
 
 
-@pytest.mark.parametrize("method", [Method(), Chain([DynaMoE(tile=4, router_steps=0, refit=False)])], ids=["dense", "chain"])
+@pytest.mark.parametrize(
+    "method", [Method(), Chain([DynaMoE(tile=4, router_steps=0, refit=False)])], ids=["dense", "chain"]
+)
 def test_other_methods_are_saved_too(method, tiny_tokenizer, tmp_path):
     before = Adapted(tiny_model("qwen3"), method)
     before.method.fit(before.model, tiny_windows(), generator=torch.Generator().manual_seed(0))
@@ -186,7 +188,9 @@ def test_a_changed_file_is_told_by_its_digest(saved, name, what):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(SettingError, match=f"{name}.safetensors is not the file that was saved \\({what}: [0-9a-f]{{12}}"):
+    with pytest.raises(
+        SettingError, match=f"{name}.safetensors is not the file that was saved \\({what}: [0-9a-f]{{12}}"
+    ):
         load_artifact(saved)
 
 

@@ -56,9 +56,7 @@ def test_version(capsys):
 def test_an_unknown_verb(capsys):
     assert main(["evla"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(
-        "rheostat: error: command='evla': must be one of adapt, generate, eval, export, info"
-    )
+    assert err.startswith("rheostat: error: command='evla': must be one of adapt, generate, eval, export, info")
     assert err.count("\n") == 1
 
 
@@ -84,9 +82,7 @@ def test_help_is_light():
             f"import sys; from rheostat.__main__ import main; main({arguments!r}); "
             f"print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
         assert done.stderr.strip() == "[]"
 
 
@@ -94,9 +90,7 @@ def test_our_own_faults(broken, capsys, monkeypatch: pytest.MonkeyPatch):
     broken(RuntimeError("two\nlines"))
     monkeypatch.delenv("RHEOSTAT_TRACEBACK", raising=False)
     assert main(["info", "m"]) == 1
-    wanted = (
-        "rheostat: internal error: RuntimeError: two lines (set RHEOSTAT_TRACEBACK=1 for the traceback)\n"
-    )
+    wanted = "rheostat: internal error: RuntimeError: two lines (set RHEOSTAT_TRACEBACK=1 for the traceback)\n"
     assert capsys.readouterr().err == wanted
     monkeypatch.setenv("RHEOSTAT_TRACEBACK", "1")
     with pytest.raises(RuntimeError):
@@ -127,15 +121,11 @@ def test_what_we_log_is_shown_and_what_others_warn_of_is_not(capsys, monkeypatch
     monkeypatch.setattr(info, "run", run)
     assert main(["info", "m"]) == 0
     assert capsys.readouterr().err == "rheostat: warning: seen 2 times\n"
-    assert not [
-        h for h in logging.getLogger("rheostat").handlers if type(h).__module__ == "rheostat.__main__"
-    ]
+    assert not [h for h in logging.getLogger("rheostat").handlers if type(h).__module__ == "rheostat.__main__"]
 
 
 def test_json_is_the_last_line_and_has_no_odd_numbers(capsys, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(
-        info, "run", lambda _: print("table") or {"a": [float("inf"), 1.5], "b": float("nan")}
-    )
+    monkeypatch.setattr(info, "run", lambda _: print("table") or {"a": [float("inf"), 1.5], "b": float("nan")})
     assert main(["info", "m", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"a": [None, 1.5], "b": None}
     assert main(["info", "m"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,7 +21,13 @@ CASES: dict[str, Method] = {
     "dense": Method(),
     "dynamoe": DynaMoE(tile=4, router_width=8, router_steps=30),
     "dynamoe-class": DynaMoE(
-        tile=4, router_width=8, router_steps=30, criterion="projection", target="class", refit=False, ranking="activation_weight"
+        tile=4,
+        router_width=8,
+        router_steps=30,
+        criterion="projection",
+        target="class",
+        refit=False,
+        ranking="activation_weight",
     ),
     "chain": Chain([DynaMoE(tile=4, router_width=8, router_steps=30, criterion="residual")]),
 }
@@ -167,7 +174,7 @@ def test_compute_spent_falls_with_compute_asked_and_is_close_to_it(name, family)
             logits(adapted, windows)
         spent.append(meter.compute)
     assert spent[0] == 1.0
-    assert all(b <= a + 1e-9 for a, b in zip(spent, spent[1:], strict=False))
+    assert all(b <= a + 1e-9 for a, b in pairwise(spent))
     assert all(abs(a - b) < 0.05 for a, b in zip(asked, spent, strict=True))
 
 
@@ -175,10 +182,8 @@ def test_compute_spent_falls_with_compute_asked_and_is_close_to_it(name, family)
 def test_predicted_cost_never_rises_when_compute_falls(name, family):
     adapted = Adapted(tiny_model(family), CASES[name])
     low = adapted.method.floor(adapted.geometry)
-    totals = [
-        adapted.method.cost(adapted.geometry, compute=low + (1 - low) * k / 10, num_tokens=1) for k in range(11)
-    ]
-    for less, more in zip(totals, totals[1:], strict=False):
+    totals = [adapted.method.cost(adapted.geometry, compute=low + (1 - low) * k / 10, num_tokens=1) for k in range(11)]
+    for less, more in pairwise(totals):
         assert less.flops.total <= more.flops.total
         assert less.bytes.total <= more.bytes.total
     if low < 1:
@@ -215,7 +220,8 @@ def test_meter_agrees_with_an_instrumented_count(name, family, share):
     with spend(compute) as meter, Counted() as counted, torch.no_grad():
         adapted(input_ids=ids, use_cache=False)
     geometry = adapted.geometry
-    # Eager attention multiplies the whole T x T square and the meter bills the causal half; rotary tables are one small bmm.
+    # Eager attention multiplies the whole T x T square and the meter bills the causal half; rotary tables are
+    # one small bmm.
     square = geometry.num_layers * 4 * geometry.num_heads * geometry.head_dim * 2 * 16 * 16
     rotary = 2 * geometry.head_dim // 2 * 16
     expected = meter.cost.flops.flat + square

@@ -84,7 +84,8 @@ def test_the_widest_slice_that_fits_is_taken(tiny_tokenizer, tmp_path):
 
 def test_below_the_smallest_slice_what_is_possible_is_listed(tiny_tokenizer, tmp_path):
     with pytest.raises(
-        SettingError, match=r"compute=0.3: must be at least 0\.\d+: .*\(16 channels\), .*\(48 channels\), 1.000 \(64 channels\)"
+        SettingError,
+        match=r"compute=0.3: must be at least 0\.\d+: .*\(16 channels\), .*\(48 channels\), 1.000 \(64 channels\)",
     ):
         export(tiny_adapted(router_steps=1), tiny_tokenizer, tmp_path / "plain", 0.3)
     assert os.listdir(tmp_path) == []

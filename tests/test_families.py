@@ -109,5 +109,7 @@ def test_biases_in_the_mlp_are_refused():
 
 def test_an_mlp_without_the_projections_is_refused():
     model = tiny_model()
-    with pytest.raises(SettingError, match="model='Identity': must be a model whose MLP has gate_proj, up_proj, down_proj"):
+    with pytest.raises(
+        SettingError, match="model='Identity': must be a model whose MLP has gate_proj, up_proj, down_proj"
+    ):
         families.gated_mlp(model, nn.Identity())

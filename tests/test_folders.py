@@ -49,7 +49,10 @@ def test_nothing_is_left_after_an_error(tmp_path, error):
 
 def test_an_existing_folder_stays_unless_overwritten(tmp_path):
     path = old_folder(tmp_path)
-    with pytest.raises(SettingError, match=r"out='.*out': must be a folder that does not exist yet"), whole_folder(path):
+    with (
+        pytest.raises(SettingError, match=r"out='.*out': must be a folder that does not exist yet"),
+        whole_folder(path),
+    ):
         raise AssertionError("the block must not run")
     with whole_folder(path, overwrite=True) as folder:
         fill(folder)
@@ -124,7 +127,10 @@ class SafetensorError(Exception):
 )
 def test_what_goes_wrong_while_writing_is_told_and_leaves_nothing(tmp_path, error, message):
     path = old_folder(tmp_path)
-    with pytest.raises(SettingError, match=rf"out='.*out': must be {message}"), whole_folder(path, overwrite=True) as folder:
+    with (
+        pytest.raises(SettingError, match=rf"out='.*out': must be {message}"),
+        whole_folder(path, overwrite=True) as folder,
+    ):
         fill(folder)
         raise error
     assert os.listdir(tmp_path) == ["out"]

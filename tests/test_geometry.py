@@ -51,7 +51,9 @@ def test_head_width_and_kv_heads_have_defaults():
 
 
 def test_a_model_without_the_sizes_is_refused():
-    with pytest.raises(SettingError, match=r"model='gpt2': must be a decoder whose configuration has intermediate_size"):
+    with pytest.raises(
+        SettingError, match=r"model='gpt2': must be a decoder whose configuration has intermediate_size"
+    ):
         Geometry.from_config(GPT2Config())
 
 

@@ -92,9 +92,7 @@ def find_imports(module: str, modules: dict[str, str]) -> list[Import]:
             dotted = [name for alias in node.names for name in _used_through(alias, tree)]
         names = [name for name in dotted if name != f"{FACADE}.{VERSION}"]
         targets = [name if name in modules else name.rpartition(".")[0] or name for name in names]
-        found += [
-            Import(target, node.lineno, function) for target in dict.fromkeys(targets) if is_ours(target)
-        ]
+        found += [Import(target, node.lineno, function) for target in dict.fromkeys(targets) if is_ours(target)]
     return found
 
 
@@ -233,9 +231,7 @@ def test_declared_lazy_imports_exist():
     modules = read_modules()
     for module, function, target in LAZY:
         found = [(one.function, one.target) for one in find_imports(module, modules)]
-        assert (function, target) in found, (
-            f"{module}.{function} no longer imports {target}: take it out of LAZY"
-        )
+        assert (function, target) in found, f"{module}.{function} no longer imports {target}: take it out of LAZY"
 
 
 def test_generic_code_imports_no_concrete_method():
@@ -319,9 +315,7 @@ def test_import_of_a_concrete_method_is_reported():
 
 def run_python(code: str) -> str:
     """Standard output and error of a fresh interpreter, which must succeed."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

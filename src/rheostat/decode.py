@@ -1,6 +1,7 @@
 """Generate token by token through a method's own touchpoints, with the bill of each token.
 
-For everything that `transformers` offers (beams, constraints, many samples) use `Adapted.generate`; this loop is for streaming.
+For everything that `transformers` offers (beams, constraints, many samples) use `Adapted.generate`; this loop
+is for streaming.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def stream(
     eos_token_ids: tuple[int, ...] = (),
     generator: torch.Generator | None = None,
 ) -> Iterator[Step]:
-    """Prefill the prompts [B, T] (left-padded) and yield one `Step` a token, until all rows ended or the limit is reached.
+    """Prefill the prompts [B, T] (left-padded) and yield one `Step` a token, until all rows ended or the limit
+    is reached.
 
     Runs under the enclosing `rheostat.spend`. Rows that ended go on with their end token, so that shapes stay put.
 
@@ -70,5 +72,3 @@ def stream(
             return
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
         logits = method.decode(model, last[:, None], mask, cache)
-
-

@@ -11,7 +11,6 @@ import torch
 
 from rheostat.errors import SettingError, bad_setting
 
-
 ROUNDING = 1e-6
 """A `compute` this little below the range is in it: float32 tensors and printed tables round."""
 

@@ -136,7 +136,8 @@ class GatedMLP:
         return self.host.gate_proj.weight[start:stop], self.host.up_proj.weight[start:stop]  # type: ignore[union-attr,index]
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
-        """All hidden activations A = act(gate(x)) * up(x), [..., F], through the host's own modules (adapters included)."""
+        """All hidden activations A = act(gate(x)) * up(x), [..., F], through the host's own modules (adapters
+        included)."""
         if self.is_fused:
             gate, up = self.host.gate_up_proj(x).chunk(2, dim=-1)  # type: ignore[operator]
         else:
@@ -173,7 +174,8 @@ def gated_mlp(model: Any, mlp: nn.Module) -> GatedMLP:
 
 
 def plain_state_dict(model: Any) -> dict[str, torch.Tensor]:
-    """The host's own state dict under its own names, whatever a method has put around its MLPs. Tied tensors are kept once."""
+    """The host's own state dict under its own names, whatever a method has put around its MLPs. Tied tensors
+    are kept once."""
     state: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, value in model.state_dict().items():
@@ -222,7 +224,7 @@ def slice_ffns(
             gate, up = value.chunk(2)
             value = torch.cat([gate[:ffn_size], up[:ffn_size]])
         elif name.endswith(("mlp.gate_proj.weight", "mlp.up_proj.weight")):
-            value = value[:ffn_size].contiguous()
+            value = value[:ffn_size].clone()  # a view would drag the whole matrix along, and is refused on saving
             if has_bias:  # the switch is one for all three projections
                 state[name.removesuffix("weight") + "bias"] = torch.zeros(ffn_size, dtype=value.dtype)
         elif name.endswith("mlp.down_proj.weight"):

@@ -46,7 +46,8 @@ def _existing_parent(path: Path) -> Path:
 
 @contextmanager
 def whole_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `path` that is renamed to `path` when the block ends well, and removed when it does not.
+    """A temporary folder beside `path` that is renamed to `path` when the block ends well, and removed when it
+    does not.
 
     Raises:
         SettingError: `path` exists and `overwrite` is off, or the disk is full or cannot be written.

@@ -26,7 +26,8 @@ class Geometry:
     head_dim: int
     vocab_size: int
     is_tied: bool
-    """Whether the output head shares the embedding matrix (one copy in memory; the head's product is paid all the same)."""
+    """Whether the output head shares the embedding matrix (one copy in memory; the head's product is paid all
+    the same)."""
     windows: tuple[int, ...] = ()
     """Attention window of each layer in tokens, 0 for no limit; empty when no layer has one."""
 

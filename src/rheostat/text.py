@@ -46,9 +46,7 @@ def read_texts(data: Any) -> list[str]:
     if isinstance(data, str | os.PathLike):
         texts = _read_path(os.fspath(data))
     elif isinstance(data, Mapping) or not isinstance(data, Iterable):
-        raise bad_setting(
-            "data", type(data).__name__, "paths, strings, or the rows of one split of a data set"
-        )
+        raise bad_setting("data", type(data).__name__, "paths, strings, or the rows of one split of a data set")
     else:
         texts = [text for index, item in enumerate(data) for text in _read_item(item, index)]
     texts = [text for text in texts if text.strip()]
@@ -115,9 +113,7 @@ def split_windows(windows: torch.Tensor, held_out: int) -> tuple[torch.Tensor, t
         SettingError: `held_out` is negative, or leaves nothing to train on.
     """
     if not 0 <= held_out < len(windows):
-        raise bad_setting(
-            "held_out", held_out, f"from 0 to {len(windows) - 1}: there are {len(windows)} windows"
-        )
+        raise bad_setting("held_out", held_out, f"from 0 to {len(windows) - 1}: there are {len(windows)} windows")
     return windows[: len(windows) - held_out], windows[len(windows) - held_out :]
 
 
@@ -127,15 +123,11 @@ def _read_item(item: Any, index: int) -> list[str]:
         return _read_path(os.fspath(item))
     if isinstance(item, str):
         # `os.path`, because a document is a name too long for `Path.exists`, which then raises.
-        is_path = (
-            item.startswith("builtin:") or item.endswith(SUFFIXES) or os.path.exists(os.path.expanduser(item))
-        )
+        is_path = item.startswith("builtin:") or item.endswith(SUFFIXES) or os.path.exists(os.path.expanduser(item))
         return _read_path(item) if is_path else [_checked(item, f"item {index}")]
     text = item.get("text") if isinstance(item, Mapping) else None
     if not isinstance(text, str):
-        raise bad_setting(
-            "data", f"item {index}", "a path, a string, or a row with a string in the field `text`"
-        )
+        raise bad_setting("data", f"item {index}", "a path, a string, or a row with a string in the field `text`")
     return [_checked(text, f"item {index}")]
 
 
@@ -152,9 +144,7 @@ def _read_path(name: str) -> list[str]:
             raise bad_setting("data", name, f"a folder with files that end in {', '.join(SUFFIXES)}")
         return [text for file in files for text in _read_file(file)]
     if not os.path.isfile(path):
-        raise bad_setting(
-            "data", _brief(name), "an existing file or folder (to pass a text itself, put it in a list)"
-        )
+        raise bad_setting("data", _brief(name), "an existing file or folder (to pass a text itself, put it in a list)")
     if not name.endswith(SUFFIXES):
         raise bad_setting("data", name, f"a file that ends in {', '.join(SUFFIXES)}")
     return _read_file(path)
@@ -206,9 +196,7 @@ def _checked(text: str, where: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise bad_setting(
-            "data", where, f"valid Unicode: character {error.start} is half of a pair"
-        ) from error
+        raise bad_setting("data", where, f"valid Unicode: character {error.start} is half of a pair") from error
     return text
 
 

@@ -45,9 +45,7 @@ def test_settings_from_a_file(rheostat, adapt_arguments, tmp_path: Path):
     assert done.figures["method"]["ridge"] == 2e-2
 
 
-def test_an_interrupted_run_resumes(
-    rheostat, adapt_arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_interrupted_run_resumes(rheostat, adapt_arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     arguments = [*adapt_arguments, "--out", tmp_path / "dial"]
 
     def interrupt(*_: object, **__: object) -> None:
@@ -109,18 +107,14 @@ def test_what_must_be_given(refused, adapt_arguments, tmp_path: Path):
     assert "methd='dynamoe': must be one of the settings" in refused("adapt", "--config", tmp_path / "c.yaml")
 
 
-def test_output_that_cannot_be_written(
-    refused, adapt_arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_output_that_cannot_be_written(refused, adapt_arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").write_text("")
     assert "a folder, this is a file" in refused(*adapt_arguments, "--overwrite", "--out", tmp_path / "file")
     monkeypatch.setattr("os.access", lambda *_: False)
     assert "in a folder that can be written" in refused(*adapt_arguments, "--out", tmp_path / "dial")
 
 
-def test_a_full_disk_is_seen_before_the_work(
-    refused, adapt_arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_full_disk_is_seen_before_the_work(refused, adapt_arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(adapt, "BYTES_PER_PARAMETER", 10**15)
     assert "on a disk with" in refused(*adapt_arguments, "--out", tmp_path / "dial")
     assert not list(tmp_path.iterdir())

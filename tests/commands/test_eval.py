@@ -75,17 +75,13 @@ def test_a_dense_model(rheostat, tiny_model_folder: Path, tiny_text: Path, tmp_p
         (["--length", "300"], "length=300: must be at most 256: this model reads 256 tokens"),
     ],
 )
-def test_bad_settings(
-    refused, dial_folder: Path, tiny_text: Path, tmp_path: Path, flags: list[str], message: str
-):
+def test_bad_settings(refused, dial_folder: Path, tiny_text: Path, tmp_path: Path, flags: list[str], message: str):
     common = ("eval", dial_folder, "--data", tiny_text, *SMALL, "--out", tmp_path / "figures")
     assert message in refused(*common, *flags)
     assert not list(tmp_path.iterdir())
 
 
-def test_output_that_cannot_be_written(
-    refused, dial_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_output_that_cannot_be_written(refused, dial_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").write_text("")
     assert "this is a file" in refused("eval", dial_folder, "--out", tmp_path / "file")
     (tmp_path / "folder").mkdir()

@@ -38,6 +38,8 @@ def test_bad_output(refused, dial_folder: Path, tmp_path: Path):
     (tmp_path / "plain").mkdir()
     assert "--overwrite" in refused("export", dial_folder, "--out", tmp_path / "plain")
     assert not list((tmp_path / "plain").iterdir())
+    # Seen before any work: not even the model is looked for.
+    assert "--overwrite" in refused("export", tmp_path / "none", "--out", tmp_path / "plain")
     assert "out: must be given" in refused("export", dial_folder)
 
 

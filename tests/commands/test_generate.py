@@ -27,9 +27,7 @@ def test_text_and_bill(rheostat, dial_folder: Path):
     assert cheap["bill"]["compute"] < 1
     bill = cheap["bill"]
     assert bill["prompt_tokens"] == 5
-    assert (
-        bill["new_tokens"] == len(cheap["token_ids"]) == len(cheap["tokens"]) == len(cheap["ffn_fractions"])
-    )
+    assert bill["new_tokens"] == len(cheap["token_ids"]) == len(cheap["tokens"]) == len(cheap["ffn_fractions"])
     assert bill["flops"] < bill["dense_flops"]
     assert bill["ms_per_token"] > 0
     assert done.figures["provenance"]["artifact_digest"]
@@ -40,9 +38,7 @@ def test_text_and_bill(rheostat, dial_folder: Path):
 
 def test_the_same_tokens_as_the_library_with_the_same_widths(rheostat, dial_folder: Path):
     """The width shown with a token is that of the pass whose logits chose it."""
-    figures = rheostat(
-        "generate", dial_folder, "Rivers", "--max-new-tokens", 6, "--compute", "0.8", "--json"
-    ).figures
+    figures = rheostat("generate", dial_folder, "Rivers", "--max-new-tokens", 6, "--compute", "0.8", "--json").figures
     answer = figures["answers"][0]
     adapted, tokenizer = api.load(str(dial_folder))
     inputs = tokenizer("Rivers", return_tensors="pt")
@@ -97,9 +93,7 @@ def test_a_dense_model(rheostat, refused, tiny_model_folder: Path):
     assert "no calibrated dial" in refused("generate", tiny_model_folder, "Hello", "--compute", "0.8")
 
 
-def test_the_chat_template_is_used_where_there_is_one(
-    rheostat, refused, tiny_model_folder: Path, tmp_path: Path
-):
+def test_the_chat_template_is_used_where_there_is_one(rheostat, refused, tiny_model_folder: Path, tmp_path: Path):
     from transformers import AutoModelForCausalLM
 
     model = tmp_path / "chat"

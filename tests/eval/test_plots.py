@@ -16,9 +16,7 @@ def row(kind: str, compute: float, ratio: float, error: float = 0.01) -> dict:
 
 
 def report(*texts: list[dict]) -> dict:
-    named = [
-        {"name": f"text {i}", "runs": [row("dense", 1.0, 1.0, 0.0), *runs]} for i, runs in enumerate(texts)
-    ]
+    named = [{"name": f"text {i}", "runs": [row("dense", 1.0, 1.0, 0.0), *runs]} for i, runs in enumerate(texts)]
     return {"model": "models/tiny", "method": {"name": "some"}, "texts": named}
 
 

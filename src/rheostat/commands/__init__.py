@@ -40,9 +40,7 @@ def artifact_origin(folder: Path, made: dict[str, Any], seed: int) -> dict[str, 
     """Provenance of figures about an artifact. The manifest holds all digests, so its own stands for all."""
     manifest = folder.expanduser() / "rheostat.json"
     base = made.get("provenance", {}).get("base_digest")
-    return report.origin(
-        seed=seed, model=str(folder), artifact_digest=report.file_digest(manifest), base_digest=base
-    )
+    return report.origin(seed=seed, model=str(folder), artifact_digest=report.file_digest(manifest), base_digest=base)
 
 
 def is_artifact(source: str) -> bool:

@@ -78,7 +78,5 @@ def _show(figures: dict[str, Any]) -> None:
     out = console()
     out.print(f"saved       {figures['path']}, {short(figures['bytes'])}B")
     out.print(f"compute     {figures['compute']:.3f} of dense, {figures['asked']:g} asked")
-    out.print(
-        f"width       {figures['ffn_size']} of {figures['dense_ffn_size']} FFN channels, for every token"
-    )
+    out.print(f"width       {figures['ffn_size']} of {figures['dense_ffn_size']} FFN channels, for every token")
     out.print(f"parameters  {short(figures['num_parameters'])}")

@@ -113,11 +113,7 @@ def _show(figures: dict[str, Any]) -> None:
     for name, size in figures["files"].items():
         out.print(f"file     {name}, {short(size)}B")
     settings = {key: value for key, value in figures["method"].items() if key != "name"}
-    out.print(
-        "\n         ".join(
-            [f"method   {figures['method']['name']}", *(f"{k}={v}" for k, v in settings.items())]
-        )
-    )
+    out.print("\n         ".join([f"method   {figures['method']['name']}", *(f"{k}={v}" for k, v in settings.items())]))
     show_dial(out, figures["dial"])
     _show_origin(figures["report"])
 

@@ -107,10 +107,9 @@ def evaluate(
     return [_quality(run, tally, dense, num_tokens) for run, tally in zip(runs, tallies, strict=True)]
 
 
-def _score(
-    adapted: Adapted, batch: torch.Tensor, run: Run, tally: _Tally, best: torch.Tensor | None
-) -> torch.Tensor:
-    """Add one batch to a tally. Returns the dense model's most likely tokens [B, T-1] (this run's, for the first run)."""
+def _score(adapted: Adapted, batch: torch.Tensor, run: Run, tally: _Tally, best: torch.Tensor | None) -> torch.Tensor:
+    """Add one batch to a tally. Returns the dense model's most likely tokens [B, T-1] (this run's, for the
+    first run)."""
     started = time.perf_counter()
     with spend(run.compute, meter=tally.meter, native=run.native, override=run.override):
         logits = adapted(input_ids=batch, use_cache=False).logits[:, :-1]

@@ -148,9 +148,7 @@ class Method:
     ) -> Cost:
         """What one forward pass over one row is expected to cost at `compute`. Never rises when `compute` falls."""
         self.check_compute(geometry, compute)
-        return dense_cost(
-            geometry, num_tokens=num_tokens, past=past, num_logits=num_logits, itemsize=itemsize
-        )
+        return dense_cost(geometry, num_tokens=num_tokens, past=past, num_logits=num_logits, itemsize=itemsize)
 
     def check_compute(self, geometry: Geometry, compute: float) -> None:
         """Refuse a `compute` below the floor.

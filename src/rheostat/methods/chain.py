@@ -36,7 +36,8 @@ class Chain(Method):
             for stage in sorted(method.stages):
                 if stage in claimed:
                     raise SettingError(
-                        f"chain.methods: {claimed[stage]} and {method.name} both act at the stage {stage}; use one of them"
+                        f"chain.methods: {claimed[stage]} and {method.name} both act at the stage {stage}; use "
+                        f"one of them"
                     )
                 claimed[stage] = method.name
             if method.name in names:

@@ -115,7 +115,9 @@ def check_settings(model: PreTrainedModel, method: Method, settings: TrainSettin
     if not settings.lora_rank:
         return
     if not _adapter_targets(model, set(method.trainable(model))):
-        raise bad_setting("train.lora_rank", settings.lora_rank, f"0: {method.name} as set trains no weights of the FFN")
+        raise bad_setting(
+            "train.lora_rank", settings.lora_rank, f"0: {method.name} as set trains no weights of the FFN"
+        )
     if importlib.util.find_spec("peft") is None:
         raise SettingError(
             f"train.lora_rank={settings.lora_rank}: needs peft; install it with: pip install 'rheostat[lora]'"
@@ -162,7 +164,8 @@ class DialTrainer(Trainer):
             self._parts.setdefault(name, []).append(value)
         if not torch.isfinite(loss):
             raise SettingError(
-                f"train.learning_rate={self.settings.learning_rate}: the loss is {float(loss)}, must be finite; lower it"
+                f"train.learning_rate={self.settings.learning_rate}: the loss is {float(loss)}, must be finite; "
+                f"lower it"
             )
         return loss
 
@@ -209,7 +212,8 @@ class Clock(TrainerCallback):
 
 @contextmanager
 def _only(adapted: Adapted, settings: TrainSettings) -> Iterator[None]:
-    """Only what the method trains wants gradients; with adapters, they stand in for the FFN's own weights and are merged after."""
+    """Only what the method trains wants gradients; with adapters, they stand in for the FFN's own weights and
+    are merged after."""
     model = adapted.model
     wanted = set(adapted.method.trainable(model))
     before = {name: p.requires_grad for name, p in model.named_parameters()}

@@ -1,6 +1,7 @@
 """How hard a token is for a layer: the damage that each smaller expert would do to it.
 
-Every criterion is one function of the same five tensors, so a new one is one line in `CRITERIA`. Damage is 0 for the full FFN
+Every criterion is one function of the same five tensors, so a new one is one line in `CRITERIA`. Damage is 0
+for the full FFN
 and larger is worse. Shapes: N tokens, D model width, E experts.
 """
 
@@ -15,34 +16,46 @@ from rheostat.methods.dynamoe.experts import down_of
 from rheostat.methods.dynamoe.ffn import NestedFFN
 
 Criterion = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""(small [N, D], full [N, D], residual [N, D] or its norm [N, 1], sensitivity [N, D] or None) -> damage [N], in float32."""
+"""(small [N, D], full [N, D], residual [N, D] or its norm [N, 1], sensitivity [N, D] or None) -> damage [N],
+in float32."""
 
 
-def _projection(small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None) -> torch.Tensor:
+def _projection(
+    small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None
+) -> torch.Tensor:
     """1 - <small, full> / <full, full>: the card's similarity (a), sees direction and size."""
     return 1 - (small * full).sum(-1) / full.square().sum(-1).clamp(min=1e-30)
 
 
-def _cosine(small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None) -> torch.Tensor:
+def _cosine(
+    small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None
+) -> torch.Tensor:
     """1 - cosine: the card's similarity (b), blind to shrinkage."""
     return 1 - torch.nn.functional.cosine_similarity(small, full, dim=-1, eps=1e-15)
 
 
-def _error(small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None) -> torch.Tensor:
+def _error(
+    small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None
+) -> torch.Tensor:
     """|small - full| / |full|: the card's similarity (c), strictest."""
     return (small - full).norm(dim=-1) / full.norm(dim=-1).clamp(min=1e-15)
 
 
-def _residual(small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None) -> torch.Tensor:
+def _residual(
+    small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None
+) -> torch.Tensor:
     """|small - full| / |residual stream it is added to|, squared: how far the stream moves (our choice)."""
     return (small - full).square().sum(-1) / residual.square().sum(-1).clamp(min=1e-30)
 
 
-def _fisher(small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None) -> torch.Tensor:
+def _fisher(
+    small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None
+) -> torch.Tensor:
     """Half of <gradient, error>^2: an unbiased sample of the divergence, in nats, that the error causes (our choice).
 
     The gradient is that of the log-likelihood of tokens drawn from the model itself, summed over the sequence, so its
-    expected outer product is the Fisher information of the layer's output, later tokens included, and half the quadratic
+    expected outer product is the Fisher information of the layer's output, later tokens included, and half the
+    quadratic
     form is the second-order Kullback-Leibler divergence from the dense model. One draw is noisy; the router averages.
     """
     assert sensitivity is not None, "the fisher criterion needs gradients"
@@ -62,7 +75,8 @@ NEEDS_GRADIENT = frozenset({"fisher"})
 
 
 def fisher_root(gradient: torch.Tensor) -> torch.Tensor:
-    """R [D, D] with R R^T the mean outer product of gradients [N, D]: an error e does |e R|^2 / 2 nats of damage on average.
+    """R [D, D] with R R^T the mean outer product of gradients [N, D]: an error e does |e R|^2 / 2 nats of
+    damage on average.
 
     Small eigenvalues are floored, so that directions no gradient has shown are not free.
     """
@@ -118,7 +132,8 @@ def bound(
         contribute: from the FFN's output to what joins the stream; the residual criterion compares there.
         residual: [N], norm of the residual stream.
         gradient: [N, D], for the single-draw form of the fisher criterion.
-        root: [D, D] of `fisher_root`, for its expectation over draws, the same for all tokens; used instead of gradients.
+        root: [D, D] of `fisher_root`, for its expectation over draws, the same for all tokens; used instead of
+        gradients.
     """
 
     def damage(small: torch.Tensor, full: torch.Tensor) -> torch.Tensor:

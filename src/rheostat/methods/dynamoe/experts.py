@@ -15,7 +15,6 @@ from torch import nn
 
 from rheostat.families import GatedMLP
 
-
 Downs = Sequence[nn.Module]
 """The smaller experts' own down projections (`nn.Linear`), smallest first, or empty."""
 

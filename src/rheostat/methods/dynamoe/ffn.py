@@ -49,10 +49,7 @@ class NestedFFN(MeteredFFN):
         """[B, T, D] -> [B, T, D]."""
         one, spending = current_pass(), current_spending()
         choice = self.choose(x, one, spending)
-        if choice is None:
-            y = self.host(x)
-        else:
-            y = self.run(x.reshape(-1, x.shape[-1]), choice).view_as(x)
+        y = self.host(x) if choice is None else self.run(x.reshape(-1, x.shape[-1]), choice).view_as(x)
         if spending is not None and one is not None:
             self._bill(spending, one, choice, x.element_size())
         return y

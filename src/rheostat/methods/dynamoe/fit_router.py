@@ -22,7 +22,8 @@ DRAW_SHARE = 4
 def router_loss(scores: torch.Tensor, damage: torch.Tensor, target: str, tolerance: float) -> torch.Tensor:
     """How wrong the router's scores [N, outputs] are about the damage [N, E-1].
 
-    For `damage`, the deviance of a gamma distribution: its minimum is the conditional mean even where single damages are
+    For `damage`, the deviance of a gamma distribution: its minimum is the conditional mean even where single
+    damages are
     noisy, which a squared error of logarithms is not. For `class`, cross-entropy with the thresholded labels.
     """
     if target == "class":
@@ -43,7 +44,8 @@ def fit_router(
     """Fit one router to inputs [N, D] and damages [N, E-1].
 
     Damages measured by single draws are so noisy that a router soon learns the noise by heart. So where there are
-    draws, the router first learns the expected damage, which every token has, and then only briefly the draws, which know how
+    draws, the router first learns the expected damage, which every token has, and then only briefly the draws,
+    which know how
     much each kind of token matters to the model.
 
     Args:

@@ -1,13 +1,16 @@
 """The training-free adaptation: one look at the dense model's gradients, then layer after layer, first to last.
 
 Two streams of hidden states go through the layers side by side: the dense model's, and that of the model as adapted so
-far. Each layer is solved on the second, because that is what it will see, and its slices' down projections may take back some of the
+far. Each layer is solved on the second, because that is what it will see, and its slices' down projections may
+take back some of the
 drift from the first. Sequential solving, the drift's correction and everything else here is our choice.
 
-Memory: the gradients (gradient_share * N * D * L numbers in the model's dtype: 0.03 GB for each thousand tokens of SmolLM2-135M in
+Memory: the gradients (gradient_share * N * D * L numbers in the model's dtype: 0.03 GB for each thousand
+tokens of SmolLM2-135M in
 float32 at the default share), and for one layer at a time its activations [N, F] and Gram matrix [F, F].
 
-Shapes: W windows, T tokens, N = W * (T - 1) tokens (first positions are left out), D model width, L layers, F FFN width, E experts.
+Shapes: W windows, T tokens, N = W * (T - 1) tokens (first positions are left out), D model width, L layers, F
+FFN width, E experts.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ if TYPE_CHECKING:
 MAX_WEIGHT = 10.0
 """No token weighs more than this many times the median in the least-squares fit: attention sinks would own it."""
 STREAM_SHARES = (1.0, 0.85, 0.7, 0.55)
-"""Mean widths at which the windows of the adapted stream run, in turn: the drift that later layers learn to live with."""
+"""Mean widths at which the windows of the adapted stream run, in turn: the drift that later layers learn to
+live with."""
 BATCH_TOKENS = 2048
 
 
@@ -59,9 +63,7 @@ def fit(
             for i in range(num_layers):
                 progress("solving layers", i, num_layers)
                 gradient = gradients[i] if num_gradient else None
-                dense, adapted, facts = _fit_layer(
-                    method, model, i, dense, adapted, arguments[i], gradient, generator
-                )
+                dense, adapted, facts = _fit_layer(method, model, i, dense, adapted, arguments[i], gradient, generator)
                 figures.append(facts)
                 if num_gradient:
                     gradients[i] = torch.empty(0)  # free it: the next layer needs the room
@@ -141,7 +143,8 @@ def _fit_layer(
 def _through(
     model: PreTrainedModel, layer: Any, stream: torch.Tensor, arguments: dict[int, dict[str, Any]]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A stream [W, T, D] through one layer with its full FFN: after it, before its FFN's norm, and what the FFN read."""
+    """A stream [W, T, D] through one layer with its full FFN: after it, before its FFN's norm, and what the
+    FFN read."""
     middles, inputs, outputs = [], [], []
     handles = [
         families.pre_norm(model, layer).register_forward_pre_hook(lambda _, args: middles.append(args[0])),
@@ -164,7 +167,8 @@ def _hidden(ffn: NestedFFN, x: torch.Tensor, rows: int = 4096) -> torch.Tensor:
 
 
 def _stream_choice(ffn: NestedFFN, x: torch.Tensor) -> torch.Tensor:
-    """Experts [W, T] for the adapted stream: each window at one of `STREAM_SHARES`, by a setting found for this layer."""
+    """Experts [W, T] for the adapted stream: each window at one of `STREAM_SHARES`, by a setting found for
+    this layer."""
     choice = torch.full(x.shape[:2], len(ffn.sizes) - 1, device=x.device)
     for k, share in enumerate(STREAM_SHARES):
         rows = x[k :: len(STREAM_SHARES)]

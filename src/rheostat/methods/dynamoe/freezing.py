@@ -30,7 +30,9 @@ def freeze(model: PreTrainedModel, compute: float) -> tuple[Any, dict[str, torch
     if not fitting or not compute <= 1:
         offered = ", ".join(f"{cost:.3f} ({size} channels)" for cost, size in zip(computes, sizes, strict=True))
         raise bad_setting(
-            "compute", compute, f"at least {computes[0]:.3f}: a plain checkpoint has one width for all tokens: {offered}"
+            "compute",
+            compute,
+            f"at least {computes[0]:.3f}: a plain checkpoint has one width for all tokens: {offered}",
         )
     expert = fitting[-1]
     if expert == len(sizes) - 1:

@@ -32,7 +32,8 @@ TRAINED = ("routers", "ffn", "all")
 class DynaMoE(Method):
     """Token difficulty picks a nested slice of each FFN (arXiv 2502.12325; what the paper leaves open is our choice).
 
-    The native setting is the price of compute: nats of damage worth saving one whole FFN (with `target="class"`, the slack 1 - theta).
+    The native setting is the price of compute: nats of damage worth saving one whole FFN (with
+    `target="class"`, the slack 1 - theta).
     """
 
     name: ClassVar[str] = "dynamoe"
@@ -141,7 +142,8 @@ class DynaMoE(Method):
         generator: torch.Generator,
         progress: Progress = no_progress,
     ) -> dict[str, Any]:
-        """Channel order, down projections and routers, from one pass over the windows; the backbone is only re-ordered."""
+        """Channel order, down projections and routers, from one pass over the windows; the backbone is only
+        re-ordered."""
         return fitting.fit(self, model, windows, generator=generator, progress=progress)
 
     def loss(
@@ -192,7 +194,8 @@ class DynaMoE(Method):
         num_logits: int = 1,
         itemsize: int = 2,
     ) -> Cost:
-        """The dense cost with the FFN share that `compute` leaves; bytes for one token a pass, where width is what is read."""
+        """The dense cost with the FFN share that `compute` leaves; bytes for one token a pass, where width is
+        what is read."""
         self.check_compute(geometry, compute)
         dense = dense_cost(geometry, num_tokens=num_tokens, past=past, num_logits=num_logits, itemsize=itemsize)
         if compute == 1.0:

@@ -10,7 +10,8 @@ from torch import nn
 
 
 class Router(nn.Module):
-    """Two small layers that read what the experts read: [N, D] -> [N, outputs] (our choice; the paper says "lightweight").
+    """Two small layers that read what the experts read: [N, D] -> [N, outputs] (our choice; the paper says
+    "lightweight").
 
     With `target="damage"` there are E-1 outputs, the log of the damage that each smaller expert would do; with
     `target="class"` there are E, the logits of "this is the smallest expert that is good enough".

@@ -14,7 +14,8 @@ RANKINGS = ("none", "activation", "activation_weight", "elimination")
 
 @dataclass(frozen=True)
 class Moments:
-    """Weighted first and second moments of an FFN's hidden activations A [N, F] and of what its output should be [N, D]."""
+    """Weighted first and second moments of an FFN's hidden activations A [N, F] and of what its output should
+    be [N, D]."""
 
     mean: torch.Tensor
     """[F]."""
@@ -51,7 +52,8 @@ def rank(kind: str, moments: Moments, down: torch.Tensor, root: torch.Tensor | N
             (both from the card); `elimination` is ours, see `eliminate`.
         moments: of the hidden activations.
         down: W, [D, F].
-        root: R [D, D]; an error e in the FFN's output matters as |e R|^2. None for the identity. Only for `elimination`.
+        root: R [D, D]; an error e in the FFN's output matters as |e R|^2. None for the identity. Only for
+        `elimination`.
 
     Returns:
         [F] int64.
@@ -84,7 +86,9 @@ def eliminate(
     """
     size = gram.shape[0]
     gram = gram.double()
-    inverse = torch.linalg.inv(gram + ridge * gram.diagonal().mean() * torch.eye(size, dtype=gram.dtype, device=gram.device))
+    inverse = torch.linalg.inv(
+        gram + ridge * gram.diagonal().mean() * torch.eye(size, dtype=gram.dtype, device=gram.device)
+    )
     weight = down.double() if root is None else root.T.double() @ down.double()
     alive = torch.arange(size, device=gram.device)
     gone: list[torch.Tensor] = []

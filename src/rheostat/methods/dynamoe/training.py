@@ -1,7 +1,8 @@
 """Training with gradients: language-model loss through the routed model plus the routers' loss.
 
 The routed forward runs under whatever dial the trainer has set, so every slice keeps receiving gradient. The routers
-learn from labels made on the routed stream itself, on one row of each batch, detached: their loss never reaches the backbone.
+learn from labels made on the routed stream itself, on one row of each batch, detached: their loss never
+reaches the backbone.
 
 Shapes: B rows, T tokens, V vocabulary, N = T - 1 labelled tokens, D model width, E experts.
 """
@@ -49,7 +50,8 @@ def language_loss(
     teacher_logits: torch.Tensor | None,
     distill_weight: float,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Next-token cross-entropy [B, T, V] mixed with the divergence from the teacher's distribution; padding left out."""
+    """Next-token cross-entropy [B, T, V] mixed with the divergence from the teacher's distribution; padding
+    left out."""
     mask = batch.get("attention_mask")
     keep = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
     pairs = (keep[:, :-1] & keep[:, 1:]).flatten()

@@ -34,7 +34,8 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def recording(model: PreTrainedModel) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """Keep of the newest pass, by layer: the FFN's input `x`, its output `y` (in the graph), and the `residual` norm."""
+    """Keep of the newest pass, by layer: the FFN's input `x`, its output `y` (in the graph), and the
+    `residual` norm."""
     layers = families.layers(model)
     seen: list[dict[str, torch.Tensor]] = [{} for _ in layers]
     handles = []
