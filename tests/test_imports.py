@@ -34,7 +34,7 @@ LAYERS = (
     ("exporting",),
     ("train.*",),
     ("adaptation",),
-    ("report",),
+    ("report", "terminal"),
     ("eval.*",),
     ("commands.*",),
     ("cli",),

@@ -93,8 +93,7 @@ def adapt(
         check_settings(model, method, train)
     texts = read_texts(data)
     windows = pack(tokenizer, texts, length=fit.length, limit=fit.windows, seed=seed, name="data")
-    held_texts = read_texts(held_out)
-    held = pack(tokenizer, held_texts, length=fit.length, limit=fit.dial_windows, seed=seed, name="held_out")
+    held = pack(tokenizer, read_texts(held_out), length=fit.length, limit=fit.dial_windows, seed=seed, name="held_out")
     digest = model_digest(model)
     teacher = copy.deepcopy(model) if train.tokens and method.wants_teacher() else None
     facts: dict[str, Any] = {
@@ -102,7 +101,7 @@ def adapt(
         "fit": asdict(fit),
         "train": asdict(train),
         # A list may hold the texts themselves, which are no part of a report.
-        "held_out": str(held_out) if isinstance(held_out, str | Path) else f"{len(held_texts)} documents",
+        "held_out": _named(held_out),
     }
     seen = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     key = _digest(method.to_dict(), facts["fit"], seed, digest, seen)
@@ -165,6 +164,16 @@ def _train(
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) if work is None else work / f"train-{_digest(key, asdict(settings))[:12]}"
         return train(adapted, windows, settings, output_dir=output, teacher=teacher, seed=seed, progress=progress)
+
+
+def _named(data: Any) -> str:
+    """How to call a source of text in a report."""
+    many = list(data) if isinstance(data, list | tuple) else [data]
+    return (
+        ", ".join(map(str, many))
+        if all(isinstance(one, str | Path) and len(str(one)) < 200 for one in many)
+        else "text"
+    )
 
 
 # -- what an interrupted run keeps

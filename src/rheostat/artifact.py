@@ -93,7 +93,7 @@ def write_plain(
 
 
 def load_artifact(
-    path: str | Path, *, dtype: torch.dtype | str = torch.float32, device: str = "cpu"
+    path: str | Path, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[Adapted, PreTrainedTokenizerBase]:
     """Read an artifact back. Use `rheostat.load`, which takes every kind of source.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,9 @@ def provenance(*, seed: int | None = None, **extra: Any) -> dict[str, Any]:
     import rheostat
 
     facts: dict[str, Any] = {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(
+            ["rheostat" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name, *sys.argv[1:]]
+        ),
         "rheostat": rheostat.__version__,
         "commit": _commit(),
         "python": platform.python_version(),

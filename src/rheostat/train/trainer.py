@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -160,12 +161,12 @@ class DialTrainer(Trainer):
                 teacher_logits = self.teacher(**inputs, use_cache=False).logits
         with spend(drawn if self.adapted.dial.low < 1 else 1.0, keep_passes=False):
             loss, parts = self.adapted.method.loss(model, inputs, teacher_logits)
-        for name, value in parts.items():
-            self._parts.setdefault(name, []).append(value)
-        if not torch.isfinite(loss):
+        for name, part in parts.items():
+            self._parts.setdefault(name, []).append(part)
+        value = float(loss.detach())
+        if not math.isfinite(value):
             raise SettingError(
-                f"train.learning_rate={self.settings.learning_rate}: the loss is {float(loss)}, must be finite; "
-                f"lower it"
+                f"train.learning_rate={self.settings.learning_rate}: the loss is {value}, must be finite; lower it"
             )
         return loss
 
@@ -218,7 +219,7 @@ def _only(adapted: Adapted, settings: TrainSettings) -> Iterator[None]:
     wanted = set(adapted.method.trainable(model))
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     had_cache, forward = model.config.use_cache, model.__dict__.get("forward")
-    checkpoints = settings.gradient_checkpointing and not model.is_gradient_checkpointing
+    checkpoints = settings.gradient_checkpointing and not model.is_activation_checkpointing
     lora = None
     try:
         for name, parameter in model.named_parameters():
@@ -226,14 +227,14 @@ def _only(adapted: Adapted, settings: TrainSettings) -> Iterator[None]:
         if settings.lora_rank:
             lora = _Adapters(model, settings.lora_rank, wanted)
         if checkpoints:
-            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": _recomputed})
+            model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": _recomputed})
         model.train()
         yield
     finally:
         if lora is not None:
             lora.merge()
         if checkpoints:
-            model.gradient_checkpointing_disable()
+            model.activation_checkpointing_disable()
         model.eval()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before.get(name, True))

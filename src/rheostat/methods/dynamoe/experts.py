@@ -15,7 +15,7 @@ from torch import nn
 
 from rheostat.families import GatedMLP
 
-Downs = Sequence[nn.Module]
+Downs = nn.ModuleList
 """The smaller experts' own down projections (`nn.Linear`), smallest first, or empty."""
 
 

@@ -66,9 +66,9 @@ class NestedFFN(MeteredFFN):
     def set_down(self, expert: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Fill a smaller expert's own down projection: weight [D, h] and, where it has one, bias [D]."""
         linear = self.downs[expert]
-        linear.weight.copy_(weight)  # type: ignore[union-attr,operator]
+        linear.weight.copy_(weight)  # type: ignore[operator]
         if bias is not None:
-            linear.bias.copy_(bias)  # type: ignore[union-attr,operator]
+            linear.bias.copy_(bias)  # type: ignore[operator]
 
     # -- choosing
 
