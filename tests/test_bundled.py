@@ -83,7 +83,8 @@ def test_artifact_loads_anywhere_and_slices_export(adapted, windows, tmp_path):
         # A process that never imports rheostat.
         code = (
             "import sys; from transformers import AutoModelForCausalLM as A;"
-            "m = A.from_pretrained(sys.argv[1]); print(m.config.intermediate_size); assert 'rheostat' not in sys.modules"
+            "m = A.from_pretrained(sys.argv[1]); print(m.config.intermediate_size);"
+            "assert 'rheostat' not in sys.modules"
         )
         done = subprocess.run(
             [sys.executable, "-c", code, tmp_path / "plain"], capture_output=True, text=True, check=True
