@@ -191,6 +191,19 @@ def test_a_loss_that_is_not_finite_is_told(tmp_path):
     assert not adapted.model.training
 
 
+def test_divergence_is_told(tmp_path):
+    adapted = tiny_adapted()
+    with pytest.raises(SettingError, match=r"train.learning_rate=1e\+30: the loss is nan, must be finite; lower it"):
+        run(adapted, tmp_path, learning_rate=1e30, warmup_share=0)
+
+
+def test_half_precision_that_cannot_be_trained_is_refused(tmp_path):
+    adapted = tiny_adapted()
+    adapted.half()
+    with pytest.raises(SettingError, match="dtype='float16': must be float32 or bfloat16 for training"):
+        run(adapted, tmp_path)
+
+
 def test_rows_draw_their_dials_from_the_reach(tmp_path, monkeypatch):
     adapted = tiny_adapted()
     drawn = []

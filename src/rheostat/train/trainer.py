@@ -111,8 +111,11 @@ def check_settings(model: PreTrainedModel, method: Method, settings: TrainSettin
     """Refuse, before any work is done, training that cannot be: the model may be attached already or not yet.
 
     Raises:
-        SettingError: adapters are asked for and the method leaves the FFN as it is, or `peft` is not installed.
+        SettingError: the weights are float16; adapters are asked for and the method leaves the FFN as it is, or
+            `peft` is not installed.
     """
+    if model.dtype == torch.float16:
+        raise bad_setting("dtype", "float16", "float32 or bfloat16 for training: steps are too small for float16")
     if not settings.lora_rank:
         return
     if not _adapter_targets(model, set(method.trainable(model))):

@@ -84,16 +84,15 @@ class NestedFFN(MeteredFFN):
             setting = one.settings.get(self.key)
             if setting is None or not bool((setting > 0).any()):
                 return None
-            choice = self.decide(flat, setting.repeat_interleave(x.shape[1]))
+            with torch.no_grad():
+                choice = self.decide(self.router(flat), setting.repeat_interleave(x.shape[1]))
         if one.is_plain:
             return choice
         choice = torch.where(one.first.flatten(), full, choice)  # the attention sink: its huge activations serve all
         return torch.where(one.valid.flatten(), choice, -1)
 
-    @torch.no_grad()
-    def decide(self, x: torch.Tensor, setting: torch.Tensor) -> torch.Tensor:
-        """The router's choice for tokens [N, D] at native settings [N]; 0 is the full FFN."""
-        scores = self.router(x)
+    def decide(self, scores: torch.Tensor, setting: torch.Tensor) -> torch.Tensor:
+        """The choice for tokens with router scores [N, outputs] at native settings [N]; 0 is the full FFN."""
         if self.target == "class":
             return choose_by_confidence(scores, setting)
         choice = choose_by_damage(scores, setting, self.shares)

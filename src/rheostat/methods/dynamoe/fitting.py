@@ -85,8 +85,10 @@ def _fit_layer(
     layer = families.layers(model)[index]
     ffn: NestedFFN = layer.mlp  # type: ignore[assignment]
     contribute = families.contribution(model, layer)
-    next_dense, dense_middle, _ = _through(model, layer, dense, arguments)
-    _, middle, x = _through(model, layer, adapted, arguments)
+    next_dense, dense_middle, x = _through(model, layer, dense, arguments)
+    middle = dense_middle
+    if method.sequential:
+        _, middle, x = _through(model, layer, adapted, arguments)
 
     inside = x[:, 1:].flatten(0, 1).float()
     stream = middle[:, 1:].flatten(0, 1)
@@ -108,29 +110,28 @@ def _fit_layer(
     ffn.order.copy_(ffn.order[order])
     hidden = hidden[:, order]
 
-    def router_fit() -> tuple[torch.Tensor, float]:
-        smooth = slice_damages(ffn, hidden, bound(method.criterion, contribute, norm, root=root))
-        draws = None
-        if gradient is not None:
-            drawn = bound(method.criterion, contribute, norm[:num_labelled], gradient=gradient.float())
-            draws = slice_damages(ffn, hidden[:num_labelled], drawn)
-        settings = (method.target, method.tolerance, method.router_steps, generator)
-        loss = fit_router(ffn.router, inside, smooth, *settings, draws=draws)
-        return smooth if draws is None else draws, loss
+    def damages() -> torch.Tensor:
+        return slice_damages(ffn, hidden, bound(method.criterion, contribute, norm, root=root))
 
     if method.refit:
         ffn.add_downs(has_bias=method.refit_bias)
         for expert, size in enumerate(ffn.sizes[:-1]):
             ffn.set_down(expert, *refit(moments.kept(order[:size]), method.ridge, has_bias=method.refit_bias))
-    damage, loss = router_fit()
-    if method.refit and method.focus and method.target == "damage":
-        # A slice serves the tokens that the router sends there, so fit it to those and look again.
-        foreseen = ffn.router(inside.to(x.dtype))  # [N, E-1]
+    smooth = damages()
+    if method.refit and method.focus:
+        # A slice serves the tokens that it does little harm to; the router will send the others elsewhere. So fit again.
         for expert, size in enumerate(ffn.sizes[:-1]):
-            relative = (foreseen[:, expert] - foreseen[:, expert].median()).exp()
+            relative = smooth[:, expert] / smooth[:, expert].median().clamp(min=1e-30)
             focused = Moments.of(hidden[:, :size], target, weight / (1 + method.focus * relative))
             ffn.set_down(expert, *refit(focused, method.ridge, has_bias=method.refit_bias))
-        damage, loss = router_fit()
+        smooth = damages()
+    draws = None
+    if gradient is not None:
+        drawn = bound(method.criterion, contribute, norm[:num_labelled], gradient=gradient.float())
+        draws = slice_damages(ffn, hidden[:num_labelled], drawn)
+    router = (method.target, method.tolerance, method.router_steps, generator)
+    loss = fit_router(ffn.router, inside, smooth, *router, draws=draws)
+    damage = smooth if draws is None else draws
     ffn.mean_damage.copy_(damage.mean(0))
 
     if not method.sequential:
@@ -174,11 +175,11 @@ def _stream_choice(ffn: NestedFFN, x: torch.Tensor) -> torch.Tensor:
         rows = x[k :: len(STREAM_SHARES)]
         if share == 1.0 or not len(rows):
             continue
-        flat = rows.flatten(0, 1)
+        scores = ffn.router(rows.flatten(0, 1))
         low, high = 1e-9, 1e9 if ffn.target == "damage" else 1.0
-        for _ in range(40):  # bisect the setting in its logarithm
+        for _ in range(30):  # bisect the setting in its logarithm
             setting = (low * high) ** 0.5
-            chosen = ffn.decide(flat, torch.full((len(flat),), setting, device=x.device))
+            chosen = ffn.decide(scores, torch.full((len(scores),), setting, device=x.device))
             low, high = (setting, high) if float(ffn.shares[chosen].mean()) > share else (low, setting)
         choice[k :: len(STREAM_SHARES)] = chosen.view(rows.shape[:2])
     choice[:, 0] = len(ffn.sizes) - 1

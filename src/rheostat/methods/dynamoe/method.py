@@ -63,10 +63,10 @@ class DynaMoE(Method):
     """Ridge of that fit, relative to the mean of the Gram matrix's diagonal."""
     sequential: bool = True
     """Solve each layer on the stream of the model as adapted so far; otherwise on the dense model's."""
-    corrects_drift: bool = True
+    corrects_drift: bool = False
     """Let the re-fitted down projections take back what earlier layers' slices have changed in the stream."""
     focus: float = 1.0
-    """How much less a slice's fit heeds tokens the more damage the router foresees for them; 0 heeds all alike."""
+    """How much less a slice's second fit heeds the tokens it does most damage to; 0 heeds all alike."""
     gradient_share: float = 0.5
     """Share of the calibration windows on which gradients are taken, for `criterion="fisher"`."""
     trained: str = "ffn"

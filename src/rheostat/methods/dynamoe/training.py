@@ -37,7 +37,8 @@ def loss(
     """See `DynaMoE.loss`. The parts logged are `lm`, `distill` and `router`, each a mean in nats or deviance."""
     logits = model(**batch, use_cache=False).logits
     total, parts = language_loss(logits, batch, teacher_logits, method.distill_weight)
-    if method.router_loss_weight:
+    # When the model has diverged there is nothing to label, and the trainer will say so.
+    if method.router_loss_weight and bool(torch.isfinite(total.detach())):
         routers = _routers_loss(method, model, batch)
         total = total + method.router_loss_weight * routers
         parts["router"] = float(routers.detach())
