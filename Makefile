@@ -24,7 +24,7 @@ FAST := not slow and not model and not gpu and not network
 # `make demo` settings.
 DEMO_MODEL := smollm2-135m
 DEMO_PROMPT := "The three most important things about a good night's sleep are"
-DEMO_COMPUTE := 1.0 0.8 0.7
+DEMO_COMPUTE := 1.0,0.8,0.7
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -35,13 +35,10 @@ help:  ## Show this list
 
 setup: $(VENV)/.dev  ## Make .venv with everything for development (nothing to do while pyproject.toml is unchanged)
 
-demo: $(VENV)/.run  ## Adapt the bundled model, then measure it and generate at several compute settings
+demo: $(VENV)/.run  ## Adapt the bundled model, measure it (demo/report/pareto.png) and generate at several settings
 	$(BIN)/rheostat adapt $(DEMO_MODEL) --config recipes/demo.yaml --out demo --overwrite
-	$(BIN)/rheostat eval demo --compute 1.0,0.8,0.7
-	@set -e; for compute in $(DEMO_COMPUTE); do \
-		echo; echo "== compute $$compute"; \
-		$(BIN)/rheostat generate demo $(DEMO_PROMPT) --compute $$compute; \
-	done
+	$(BIN)/rheostat eval demo --compute 0.9,0.8,0.7 --windows 6 --out demo/report
+	$(BIN)/rheostat generate demo $(DEMO_PROMPT) --compute $(DEMO_COMPUTE)
 
 test: $(VENV)/.dev  ## Run all tests but those that need the internet (tests for a GPU skip themselves without one)
 	$(BIN)/pytest -m "not network" $(ARGS)

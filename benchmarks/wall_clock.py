@@ -3,11 +3,9 @@ interleaved in one run.
 
     python benchmarks/wall_clock.py demo --compute 1.0,0.7 --prompt 1024 --new 64 --rounds 7
 
-ARTIFACT is what `rheostat adapt` wrote; the stock side is the same folder loaded by plain transformers. Each
-round times all sides
-once, in turn, so that drift of the machine hits all alike; medians and quartiles are printed, and ratios are
-of medians. The
-last line is one JSON object.
+ARTIFACT is what `rheostat adapt` wrote; the stock side is the same folder loaded by plain transformers. Each round
+times all sides once, in turn, so that drift of the machine hits all alike; medians and quartiles are printed, and
+ratios are of medians. The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@
     python recipes/build_data.py path/to/data
 
 The folder holds text/novels_train.jsonl.gz, text/openstax_train.jsonl.gz, text/us_speeches.jsonl.gz,
-text/wikitext2_raw_valid.txt.gz and prompts/bold.jsonl.gz; sources and licences are in
-src/rheostat/data/README.md. Calibration
-and held-out text share no document, and neither has any of the texts that our figures are measured on.
+text/wikitext2_raw_valid.txt.gz and prompts/bold.jsonl.gz; sources and licences are in src/rheostat/data/README.md.
+Calibration and held-out text share no document, and neither has any of the texts that our figures are measured on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """How hard a token is for a layer: the damage that each smaller expert would do to it.
 
-Every criterion is one function of the same five tensors, so a new one is one line in `CRITERIA`. Damage is 0
-for the full FFN
-and larger is worse. Shapes: N tokens, D model width, E experts.
+Every criterion is one function of the same five tensors, so a new one is one line in `CRITERIA`. Damage is 0 for
+the full FFN and larger is worse. Shapes: N tokens, D model width, E experts.
 """
 
 from __future__ import annotations

@@ -1,16 +1,14 @@
 """The training-free adaptation: one look at the dense model's gradients, then layer after layer, first to last.
 
-Two streams of hidden states go through the layers side by side: the dense model's, and that of the model as adapted so
-far. Each layer is solved on the second, because that is what it will see, and its slices' down projections may
-take back some of the
-drift from the first. Sequential solving, the drift's correction and everything else here is our choice.
+Each layer is solved on the stream of hidden states that the layers before it, as adapted, hand on, because that is
+what it will see. On demand a second stream, the dense model's, goes beside it, and the slices' down projections take
+back some of the drift between the two. All of this is our choice.
 
-Memory: the gradients (gradient_share * N * D * L numbers in the model's dtype: 0.03 GB for each thousand
-tokens of SmolLM2-135M in
-float32 at the default share), and for one layer at a time its activations [N, F] and Gram matrix [F, F].
+Memory: the gradients (gradient_share * N * D * L numbers in the model's dtype: 0.03 GB for each thousand tokens of
+SmolLM2-135M in float32), and for one layer at a time its activations [N, F] and Gram matrix [F, F].
 
-Shapes: W windows, T tokens, N = W * (T - 1) tokens (first positions are left out), D model width, L layers, F
-FFN width, E experts.
+Shapes: W windows, T tokens, N = W * (T - 1) tokens (first positions are left out), D model width, L layers, F FFN
+width, E experts.
 """
 
 from __future__ import annotations
@@ -85,8 +83,10 @@ def _fit_layer(
     layer = families.layers(model)[index]
     ffn: NestedFFN = layer.mlp  # type: ignore[assignment]
     contribute = families.contribution(model, layer)
-    next_dense, dense_middle, x = _through(model, layer, dense, arguments)
-    middle = dense_middle
+    takes_back = method.corrects_drift and families.adds_directly(model)
+    if takes_back or not method.sequential:
+        dense, dense_middle, x = _through(model, layer, dense, arguments)
+        middle = dense_middle
     if method.sequential:
         _, middle, x = _through(model, layer, adapted, arguments)
 
@@ -98,7 +98,7 @@ def _fit_layer(
     hidden = _hidden(ffn, inside)
     down = ffn.mlp.down.weight.float()
     target = hidden @ down.T
-    if method.corrects_drift and families.adds_directly(model):
+    if takes_back:
         # (A norm between the FFN and the stream has no inverse, so there the drift is left alone.)
         target += (dense_middle[:, 1:].flatten(0, 1) - stream).float()
     num_labelled = len(inside) if gradient is None else len(gradient)
@@ -119,7 +119,7 @@ def _fit_layer(
             ffn.set_down(expert, *refit(moments.kept(order[:size]), method.ridge, has_bias=method.refit_bias))
     smooth = damages()
     if method.refit and method.focus:
-        # A slice serves the tokens that it does little harm to; the router will send the others elsewhere. So fit again.
+        # A slice serves the tokens it does little harm to; the router sends the others elsewhere. So fit again.
         for expert, size in enumerate(ffn.sizes[:-1]):
             relative = smooth[:, expert] / smooth[:, expert].median().clamp(min=1e-30)
             focused = Moments.of(hidden[:, :size], target, weight / (1 + method.focus * relative))
@@ -135,10 +135,10 @@ def _fit_layer(
     ffn.mean_damage.copy_(damage.mean(0))
 
     if not method.sequential:
-        return next_dense, next_dense, {"mean_damage": damage.mean(0).tolist(), "router_loss": loss}
+        return dense, dense, {"mean_damage": damage.mean(0).tolist(), "router_loss": loss}
     choice = _stream_choice(ffn, x)
     y = ffn.run(x.flatten(0, 1), choice.flatten()).view_as(x)
-    return next_dense, middle + contribute(y), {"mean_damage": damage.mean(0).tolist(), "router_loss": loss}
+    return dense, middle + contribute(y), {"mean_damage": damage.mean(0).tolist(), "router_loss": loss}
 
 
 def _through(
