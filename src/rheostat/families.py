@@ -88,11 +88,6 @@ def contribution(model: Any, layer: nn.Module) -> Callable[[torch.Tensor], torch
     return getattr(layer, name) if name else _identity
 
 
-def adds_directly(model: Any) -> bool:
-    """Whether the MLP's output joins the residual stream as it is, with no norm between."""
-    return family_of(model).post_norm is None
-
-
 def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
 

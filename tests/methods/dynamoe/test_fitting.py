@@ -50,7 +50,7 @@ def test_mean_damage_falls_with_width():
 
 
 @pytest.mark.parametrize("changes", [
-    {"sequential": False}, {"corrects_drift": False}, {"focus": 0.0}, {"refit": False}, {"refit_bias": False},
+    {"sequential": False}, {"refit": False}, {"refit_bias": False},
     {"criterion": "cosine"}, {"criterion": "error"}, {"criterion": "projection"}, {"criterion": "residual"},
     {"target": "class"}, {"ranking": "none"}, {"ranking": "activation"}, {"gradient_share": 1.0}, {"num_experts": 2},
 ])  # fmt: skip

@@ -96,3 +96,12 @@ def test_root_decides_which_errors_matter():
     root[0, 0] = 1.0
     order = eliminate(Moments.of(hidden, hidden @ down.T, torch.ones(N)).gram, down, root, block=1)
     assert set(order[: F // 2].tolist()) == set(range(F // 2))
+
+
+def test_a_large_ridge_stays_at_the_start():
+    hidden, down = problem()
+    moments = Moments.of(hidden, hidden @ down.T, torch.ones(N)).kept(torch.arange(10))
+    weight, _ = refit(moments, ridge=1e6, start=down[:, :10])
+    torch.testing.assert_close(weight, down[:, :10], rtol=1e-3, atol=1e-3)
+    free, _ = refit(moments, ridge=0.0, start=down[:, :10])
+    torch.testing.assert_close(free, refit(moments, ridge=0.0)[0], rtol=1e-3, atol=1e-3)

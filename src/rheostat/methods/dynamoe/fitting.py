@@ -1,8 +1,7 @@
 """The training-free adaptation: one look at the dense model's gradients, then layer after layer, first to last.
 
 Each layer is solved on the stream of hidden states that the layers before it, as adapted, hand on, because that is
-what it will see. On demand a second stream, the dense model's, goes beside it, and the slices' down projections take
-back some of the drift between the two. All of this is our choice.
+what it will see. All of this is our choice.
 
 Memory: the gradients (gradient_share * N * D * L numbers in the model's dtype: 0.03 GB for each thousand tokens of
 SmolLM2-135M in float32), and for one layer at a time its activations [N, F] and Gram matrix [F, F].
@@ -55,13 +54,12 @@ def fit(
     with frozen(model):
         gradients = sampled_gradients(model, windows[:num_gradient], generator, progress)
         with torch.no_grad():
-            arguments, hidden = layer_arguments(model, windows, BATCH_TOKENS)
-            dense, adapted = hidden, hidden.clone()
+            arguments, stream = layer_arguments(model, windows, BATCH_TOKENS)
             num_layers = len(families.layers(model))
             for i in range(num_layers):
                 progress("solving layers", i, num_layers)
                 gradient = gradients[i] if num_gradient else None
-                dense, adapted, facts = _fit_layer(method, model, i, dense, adapted, arguments[i], gradient, generator)
+                stream, facts = _fit_layer(method, model, i, stream, arguments[i], gradient, generator)
                 figures.append(facts)
                 if num_gradient:
                     gradients[i] = torch.empty(0)  # free it: the next layer needs the room
@@ -73,72 +71,54 @@ def _fit_layer(
     method: DynaMoE,
     model: PreTrainedModel,
     index: int,
-    dense: torch.Tensor,
-    adapted: torch.Tensor,
+    stream: torch.Tensor,
     arguments: dict[int, dict[str, Any]],
     gradient: torch.Tensor | None,
     generator: torch.Generator,
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Solve one layer on the adapted stream [W, T, D] and carry both streams through it."""
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Solve one layer on the stream [W, T, D] and carry the stream through it."""
     layer = families.layers(model)[index]
     ffn: NestedFFN = layer.mlp  # type: ignore[assignment]
     contribute = families.contribution(model, layer)
-    takes_back = method.corrects_drift and families.adds_directly(model)
-    if takes_back or not method.sequential:
-        dense, dense_middle, x = _through(model, layer, dense, arguments)
-        middle = dense_middle
-    if method.sequential:
-        _, middle, x = _through(model, layer, adapted, arguments)
+    after, middle, x = _through(model, layer, stream, arguments)
 
     inside = x[:, 1:].flatten(0, 1).float()
-    stream = middle[:, 1:].flatten(0, 1)
-    norm = stream.float().norm(dim=-1).clamp(min=1e-12)
+    norm = middle[:, 1:].flatten(0, 1).float().norm(dim=-1).clamp(min=1e-12)
     weight = norm.square().reciprocal()
     weight = weight.clamp(max=weight.median() * MAX_WEIGHT)
     hidden = _hidden(ffn, inside)
-    down = ffn.mlp.down.weight.float()
-    target = hidden @ down.T
-    if takes_back:
-        # (A norm between the FFN and the stream has no inverse, so there the drift is left alone.)
-        target += (dense_middle[:, 1:].flatten(0, 1) - stream).float()
+    down = ffn.mlp.down.weight.float().clone()  # the original order: `reorder` works in place
     num_labelled = len(inside) if gradient is None else len(gradient)
     root = None if gradient is None else fisher_root(gradient.float())
 
-    moments = Moments.of(hidden, target, weight)
+    moments = Moments.of(hidden, hidden @ down.T, weight)
     order = rank(method.ranking, moments, down, root)
     ffn.mlp.reorder(order)
     ffn.order.copy_(ffn.order[order])
-    hidden = hidden[:, order]
-
-    def damages() -> torch.Tensor:
-        return slice_damages(ffn, hidden, bound(method.criterion, contribute, norm, root=root))
-
     if method.refit:
         ffn.add_downs(has_bias=method.refit_bias)
         for expert, size in enumerate(ffn.sizes[:-1]):
-            ffn.set_down(expert, *refit(moments.kept(order[:size]), method.ridge, has_bias=method.refit_bias))
-    smooth = damages()
-    if method.refit and method.focus:
-        # A slice serves the tokens it does little harm to; the router sends the others elsewhere. So fit again.
-        for expert, size in enumerate(ffn.sizes[:-1]):
-            relative = smooth[:, expert] / smooth[:, expert].median().clamp(min=1e-30)
-            focused = Moments.of(hidden[:, :size], target, weight / (1 + method.focus * relative))
-            ffn.set_down(expert, *refit(focused, method.ridge, has_bias=method.refit_bias))
-        smooth = damages()
+            kept = order[:size]
+            fitted = refit(moments.kept(kept), method.ridge, start=down[:, kept], has_bias=method.refit_bias)
+            ffn.set_down(expert, *fitted)
+
+    # Damages, and the router that learns them, on the tokens whose gradients are known (on all, if none are needed).
+    hidden, inside, norm = hidden[:num_labelled, order], inside[:num_labelled], norm[:num_labelled]
+    damage = slice_damages(ffn, hidden, bound(method.criterion, contribute, norm, root=root))
     draws = None
     if gradient is not None:
-        drawn = bound(method.criterion, contribute, norm[:num_labelled], gradient=gradient.float())
-        draws = slice_damages(ffn, hidden[:num_labelled], drawn)
+        draws = slice_damages(ffn, hidden, bound(method.criterion, contribute, norm, gradient=gradient.float()))
     router = (method.target, method.tolerance, method.router_steps, generator)
-    loss = fit_router(ffn.router, inside, smooth, *router, draws=draws)
-    damage = smooth if draws is None else draws
+    loss = fit_router(ffn.router, inside, damage, *router, draws=draws)
+    damage = damage if draws is None else draws
     ffn.mean_damage.copy_(damage.mean(0))
 
+    facts = {"mean_damage": damage.mean(0).tolist(), "router_loss": loss}
     if not method.sequential:
-        return dense, dense, {"mean_damage": damage.mean(0).tolist(), "router_loss": loss}
+        return after, facts
     choice = _stream_choice(ffn, x)
     y = ffn.run(x.flatten(0, 1), choice.flatten()).view_as(x)
-    return dense, middle + contribute(y), {"mean_damage": damage.mean(0).tolist(), "router_loss": loss}
+    return middle + contribute(y), facts
 
 
 def _through(

@@ -59,14 +59,11 @@ class DynaMoE(Method):
     """Give each smaller slice its own re-fitted down projection (memory: about (E - 1) / 2 down projections more)."""
     refit_bias: bool = True
     """Let it carry the mean of what was left out (only families with an `mlp_bias` switch can export such a slice)."""
-    ridge: float = 1e-2
-    """Ridge of that fit, relative to the mean of the Gram matrix's diagonal."""
+    ridge: float = 0.3
+    """Ridge of that fit, around the slice of the model's own down projection, relative to the mean of the Gram
+    matrix's diagonal."""
     sequential: bool = True
     """Solve each layer on the stream of the model as adapted so far; otherwise on the dense model's."""
-    corrects_drift: bool = False
-    """Let the re-fitted down projections take back what earlier layers' slices have changed in the stream."""
-    focus: float = 1.0
-    """How much less a slice's second fit heeds the tokens it does most damage to; 0 heeds all alike."""
     gradient_share: float = 0.5
     """Share of the calibration windows on which gradients are taken, for `criterion="fisher"`."""
     trained: str = "ffn"
@@ -93,7 +90,6 @@ class DynaMoE(Method):
             ("tolerance", 0.0, float("inf")),
             ("ridge", 0.0, 1.0),
             ("gradient_share", 0.0, 1.0),
-            ("focus", 0.0, float("inf")),
             ("router_loss_weight", 0.0, float("inf")),
             ("distill_weight", 0.0, 1.0),
         ):

@@ -105,23 +105,31 @@ def eliminate(
     return torch.cat(gone).flip(0)
 
 
-def refit(moments: Moments, ridge: float, *, has_bias: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The down projection with which h channels alone come closest to the target, by ridge regression.
+def refit(
+    moments: Moments, ridge: float, *, start: torch.Tensor | None = None, has_bias: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The down projection with which h channels alone come closest to the target, by ridge regression around `start`.
+
+    Where the calibration text says little, the weights stay near `start`: with the slice of the model's own down
+    projection there, that is worth about twice the text (docs/log.md), and a large ridge does no harm.
 
     Args:
         moments: of those h channels.
         ridge: relative to the mean of the Gram matrix's diagonal.
+        start: [D, h]; zero when left out.
         has_bias: fit a bias, which carries the mean of what was left out.
 
     Returns:
         Weight [D, h] and bias [D] (or None), float32.
     """
-    gram, cross = moments.gram, moments.cross
+    gram, cross = moments.gram.double(), moments.cross.double()
+    mean, target = moments.mean.double(), moments.target.double()
     if not has_bias:
-        gram = gram + torch.outer(moments.mean, moments.mean)
-        cross = cross + torch.outer(moments.mean, moments.target)
-    gram = gram.double()
+        gram = gram + torch.outer(mean, mean)
+        cross = cross + torch.outer(mean, target)
+    first = torch.zeros_like(cross) if start is None else start.T.double()  # [h, D]
+    missing = cross - gram @ first
     gram.diagonal().add_(ridge * gram.diagonal().mean())
-    weight = torch.cholesky_solve(cross.double(), torch.linalg.cholesky(gram)).float()  # [h, D]
-    bias = moments.target - moments.mean @ weight if has_bias else None
-    return weight.T.contiguous(), bias
+    weight = first + torch.cholesky_solve(missing, torch.linalg.cholesky(gram))
+    bias = (target - mean @ weight).float() if has_bias else None
+    return weight.T.float().contiguous(), bias
