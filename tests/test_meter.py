@@ -14,11 +14,11 @@ def filled(keep_passes: bool = True) -> Meter:
     meter = Meter(keep_passes=keep_passes)
     valid = torch.tensor([[True, True, True], [False, True, True]])
     meter.open_pass("prefill", valid, num_layers=2, ffn_size=10)
-    meter.widths(0, torch.tensor([[10, 5, 5], [0, 10, 5]]))
-    meter.widths(1, torch.tensor([[10, 10, 5], [0, 10, 10]]))
+    meter.widths(torch.tensor([[10, 5, 5], [0, 10, 5]]))
+    meter.widths(torch.tensor([[10, 10, 5], [0, 10, 10]]))
     meter.experts(0, torch.tensor([3, 2]), torch.tensor([5, 10]))
     meter.open_pass("decode", torch.ones(2, 1, dtype=torch.bool), num_layers=2, ffn_size=10)
-    meter.widths(None, torch.tensor([[5], [20]]))
+    meter.widths(torch.tensor([[5], [20]]))
     meter.experts(0, torch.tensor([1, 1]), torch.tensor([5, 10]))
     return meter
 
@@ -58,7 +58,8 @@ def test_layer_fractions_sum_over_passes():
 def test_compute_is_the_share_of_the_flat_flops():
     meter = Meter()
     meter.bill(Cost(flops=Parts(attention=10, scores=40)))
-    meter.bill(Cost(flops=Parts(ffn=5, router=1)), Cost(flops=Parts(ffn=20)))
+    meter.add("ffn", 5, 0, 20, 0)
+    meter.add("router", 1, 0, 0, 0)
     assert meter.compute == pytest.approx(16 / 30)
     assert meter.compute_with_context == pytest.approx(56 / 70)
     assert meter.ffn_fraction == pytest.approx(5 / 20)
@@ -66,7 +67,7 @@ def test_compute_is_the_share_of_the_flat_flops():
 
 def test_widths_outside_a_pass_are_not_kept():
     meter = Meter()
-    meter.widths(0, torch.ones(1, 1, dtype=torch.long))
+    meter.widths(torch.ones(1, 1, dtype=torch.long))
     assert meter.passes == []
 
 

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 BUILTIN_CALIBRATION = "builtin:calibration"
 BUILTIN_HELD_OUT = "builtin:heldout"
+MAX_NAMES = 16
+"""More strings than this are taken for the texts themselves, not for the names of files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,11 +171,8 @@ def _train(
 def _named(data: Any) -> str:
     """How to call a source of text in a report."""
     many = list(data) if isinstance(data, list | tuple) else [data]
-    return (
-        ", ".join(map(str, many))
-        if all(isinstance(one, str | Path) and len(str(one)) < 200 for one in many)
-        else "text"
-    )
+    are_names = len(many) <= MAX_NAMES and all(isinstance(one, str | Path) and len(str(one)) < 200 for one in many)
+    return ", ".join(map(str, many)) if are_names else "text"
 
 
 # -- what an interrupted run keeps

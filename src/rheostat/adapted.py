@@ -123,7 +123,7 @@ class Adapted(nn.Module):
             full = self.geometry.ffn_size
             spending.meter.open_pass(phase, valid, self.geometry.num_layers, full)
             if self._num_plain_ffns:
-                spending.meter.widths(None, valid.long() * full * self._num_plain_ffns)
+                spending.meter.widths(valid.long() * full * self._num_plain_ffns)
 
     def _settings(
         self, spending: Spending | None, phase: str, num_rows: int, device: torch.device

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
-from rheostat.cost import Cost
+from rheostat.cost import Cost, Parts
+
+
+PARTS = tuple(one.name for one in fields(Parts))
+
+
+def _cost(sums: dict[str, list[int]]) -> Cost:
+    flops, num_bytes = ({part: pair[k] for part, pair in sums.items()} for k in (0, 1))
+    return Cost(flops=Parts(**flops), bytes=Parts(**num_bytes))
 
 
 @dataclass
@@ -33,10 +41,6 @@ class Meter:
     ffn_size: int = 0
     num_prefill_tokens: int = 0
     num_decode_tokens: int = 0
-    cost: Cost = field(default_factory=Cost)
-    """Spent."""
-    dense: Cost = field(default_factory=Cost)
-    """What the dense model would have spent on the same passes."""
     expert_counts: dict[int, torch.Tensor] = field(default_factory=dict)
     """Layer -> [E] int64, how many tokens took each expert."""
     passes: list[PassRecord] = field(default_factory=list)
@@ -44,6 +48,16 @@ class Meter:
     keep_passes: bool = True
     """Keep every pass (needed to colour tokens) or only the newest."""
     started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def cost(self) -> Cost:
+        """Spent."""
+        return _cost(self._spent)
+
+    @property
+    def dense(self) -> Cost:
+        """What the dense model would have spent on the same passes."""
+        return _cost(self._dense)
 
     @property
     def tokens(self) -> int:
@@ -91,6 +105,9 @@ class Meter:
         return out
 
     _sizes: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+    _spent: dict[str, list[int]] = field(default_factory=lambda: {part: [0, 0] for part in PARTS}, repr=False)
+    _dense: dict[str, list[int]] = field(default_factory=lambda: {part: [0, 0] for part in PARTS}, repr=False)
+    """Part -> FLOPs and bytes so far: plain lists, because every layer of every pass adds to them."""
 
     # What the model calls while it runs.
 
@@ -105,13 +122,21 @@ class Meter:
         else:
             self.num_decode_tokens += num_tokens
 
-    def bill(self, cost: Cost, dense: Cost | None = None) -> None:
-        """Add what was spent, and what the dense model would have spent in its place (the same when left out)."""
-        self.cost += cost
-        self.dense += cost if dense is None else dense
+    def add(self, part: str, flops: int, num_bytes: int, dense_flops: int, dense_bytes: int) -> None:
+        """Add to one part what was spent, and what the dense model would have spent in its place."""
+        for sums, f, b in ((self._spent[part], flops, num_bytes), (self._dense[part], dense_flops, dense_bytes)):
+            sums[0] += f
+            sums[1] += b
 
-    def widths(self, layer: int | None, channels: torch.Tensor) -> None:
-        """FFN channels [B, T] that a layer (or, with None, all unrouted layers together) computed for each token."""
+    def bill(self, cost: Cost) -> None:
+        """Add what was spent where the dense model would have spent the same."""
+        for part in PARTS:
+            flops, num_bytes = getattr(cost.flops, part), getattr(cost.bytes, part)
+            if flops or num_bytes:
+                self.add(part, flops, num_bytes, flops, num_bytes)
+
+    def widths(self, channels: torch.Tensor | int) -> None:
+        """FFN channels [B, T] that one layer (or all unrouted layers together) computed for each token of this pass."""
         if self.passes:
             self.passes[-1].ffn_channels += channels
 

@@ -34,6 +34,21 @@ def test_prefill_then_decode_is_one_forward():
         torch.testing.assert_close(last[1], MODEL(input_ids=ids[1:]).logits[0, -1], rtol=1e-4, atol=1e-4)
 
 
+def test_positions_reach_the_model():
+    """Rotary embeddings hardly show a shift, other models would."""
+    ids, mask = tiny_windows(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    seen = []
+    handle = MODEL.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["position_ids"].tolist()), with_kwargs=True
+    )
+    method, cache = Method(), Method().make_cache(MODEL)
+    with torch.no_grad():
+        method.prefill(MODEL, ids[:, :5], mask[:, :5], cache)
+        method.decode(MODEL, ids[:, 5:], mask, cache)
+    handle.remove()
+    assert seen == [[[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]], [[3], [5]]]
+
+
 def test_loss_is_the_cross_entropy_without_padding():
     ids = tiny_windows(2, 6)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])

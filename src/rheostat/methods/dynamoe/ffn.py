@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from rheostat.cost import Cost, Parts
 from rheostat.families import GatedMLP
 from rheostat.methods.base import MeteredFFN
 from rheostat.methods.dynamoe.experts import run_grouped, run_naive, run_one
@@ -38,10 +37,13 @@ class NestedFFN(MeteredFFN):
         self.register_buffer("order", torch.arange(mlp.ffn_size), persistent=False)
         self.register_buffer("shares", torch.tensor(sizes, dtype=torch.float32) / sizes[-1], persistent=False)
         self.register_buffer("widths", torch.tensor(sizes), persistent=False)
+        self.register_buffer("one_hot", torch.eye(len(sizes), dtype=torch.int64), persistent=False)
         self.register_buffer("mean_damage", torch.zeros(len(sizes) - 1), persistent=False)
 
     shares: torch.Tensor
     widths: torch.Tensor
+    one_hot: torch.Tensor
+    """[E, E] int64."""
     mean_damage: torch.Tensor
     """[E-1] float32, the mean damage of each smaller expert on the calibration text."""
 
@@ -110,28 +112,24 @@ class NestedFFN(MeteredFFN):
 
     def _bill(self, spending: Spending, one: Pass, choice: torch.Tensor | None, itemsize: int) -> None:
         meter, full = spending.meter, len(self.sizes) - 1
+        is_routed = choice is not None and spending.override is None
         if choice is None:
             choice = torch.where(one.valid.flatten(), full, -1)
-            routed = 0
+        if len(choice) == 1 and (expert := int(choice)) >= 0:  # a decode step: no need for tensors
+            counts, channels = self.one_hot[expert], self.sizes[expert]
+            used, num_tokens, num_channels = [expert], 1, self.sizes[expert]
         else:
-            routed = 0 if spending.override is not None else int(one.valid.sum())
-        counts = torch.bincount(choice + 1, minlength=len(self.sizes) + 1)[1:]
-        per_channel = 3 * self.mlp.hidden_size
-        used = counts.nonzero().flatten().tolist()
+            counts = torch.bincount(choice + 1, minlength=len(self.sizes) + 1)[1:]
+            channels = torch.where(choice >= 0, self.widths[choice.clamp(min=0)], 0).view(one.valid.shape)
+            used = counts.nonzero().flatten().tolist()
+            num_tokens, num_channels = int(counts.sum()), int((counts * self.widths).sum())
+        hidden_size = self.mlp.hidden_size
         down_widths = [self.sizes[e] for e in used] if len(self.downs) else [self.sizes[e] for e in used[-1:]]
-        read = (2 * self.sizes[used[-1]] + sum(down_widths)) * self.mlp.hidden_size if used else 0
-        router = self.router.num_weights
-        num_tokens = int(counts.sum())
-        meter.bill(
-            Cost(
-                flops=Parts(ffn=2 * per_channel * int((counts * self.widths).sum()), router=2 * router * routed),
-                bytes=Parts(ffn=read * itemsize, router=router * itemsize if routed else 0),
-            ),
-            Cost(
-                flops=Parts(ffn=2 * per_channel * self.sizes[-1] * num_tokens),
-                bytes=Parts(ffn=per_channel * self.sizes[-1] * itemsize),
-            ),
-        )
-        channels = torch.where(choice >= 0, self.widths[choice.clamp(min=0)], 0)
-        meter.widths(self.layer, channels.view(one.valid.shape))
+        read = (2 * self.sizes[used[-1]] + sum(down_widths)) * hidden_size if used else 0
+        weights = 3 * hidden_size * self.sizes[-1]
+        meter.add("ffn", 6 * hidden_size * num_channels, read * itemsize, 2 * weights * num_tokens, weights * itemsize)
+        if is_routed:
+            router = self.router.num_weights
+            meter.add("router", 2 * router * int(one.valid.sum()), router * itemsize, 0, 0)
+        meter.widths(channels)
         meter.experts(self.layer, counts, self.widths)
