@@ -9,7 +9,6 @@ import torch
 
 from rheostat.cost import Cost, Parts
 
-
 PARTS = tuple(one.name for one in fields(Parts))
 
 
