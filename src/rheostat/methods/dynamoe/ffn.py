@@ -116,7 +116,8 @@ class NestedFFN(MeteredFFN):
         if choice is None:
             choice = torch.where(one.valid.flatten(), full, -1)
         if len(choice) == 1 and (expert := int(choice)) >= 0:  # a decode step: no need for tensors
-            counts, channels = self.one_hot[expert], self.sizes[expert]
+            counts: torch.Tensor = self.one_hot[expert]
+            channels: torch.Tensor | int = self.sizes[expert]
             used, num_tokens, num_channels = [expert], 1, self.sizes[expert]
         else:
             counts = torch.bincount(choice + 1, minlength=len(self.sizes) + 1)[1:]
