@@ -159,6 +159,18 @@ def test_interrupted_training_is_resumed_to_the_same_weights(model, tiny_tokeniz
     assert resumed.dial == whole.dial
 
 
+def test_training_that_was_not_begun_starts_with_the_same_adapters(model, tiny_tokenizer, tmp_path):
+    train = TrainSettings(**{**vars(TRAIN), "lora_rank": 2})
+    whole = adapted_on(copy.deepcopy(model), tiny_tokenizer, train=train)
+    with pytest.raises(KeyboardInterrupt):
+        adapted_on(
+            copy.deepcopy(model), tiny_tokenizer, train=train, work_dir=tmp_path, progress=stop_at("training", 1)
+        )
+    assert not list(tmp_path.glob("train-*/checkpoint-*"))
+    # The fit is not run again, so it has not drawn from the common source of randomness.
+    assert equal(adapted_on(model, tiny_tokenizer, train=train, work_dir=tmp_path), whole)
+
+
 def test_training_is_reported(model, tiny_tokenizer):
     adapted = adapted_on(model, tiny_tokenizer, train=TRAIN)
     trained = json.loads(json.dumps(adapted.report))["trained"]

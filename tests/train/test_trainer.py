@@ -222,3 +222,14 @@ def test_rows_draw_their_dials_from_the_reach(tmp_path, monkeypatch):
     drawn.clear()
     run(adapted, tmp_path / "b", low=0.01, high=0.02)  # all below the reach
     assert [value for row in drawn for value in row] == pytest.approx([adapted.dial.low] * 24)
+
+
+def test_groups_are_clipped_apart():
+    from rheostat.train.trainer import MAX_GRADIENT, ClipGroups
+
+    groups = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [one]} for one in groups])
+    groups[0].grad, groups[1].grad = torch.tensor([300.0, 400.0]), torch.tensor([0.3, 0.4])
+    ClipGroups().on_pre_optimizer_step(None, None, None, optimizer=optimizer)
+    assert groups[0].grad.norm().item() == pytest.approx(MAX_GRADIENT)
+    assert groups[1].grad.tolist() == pytest.approx([0.3, 0.4])

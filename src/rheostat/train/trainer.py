@@ -26,6 +26,8 @@ from rheostat.train.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
 
+MAX_GRADIENT = 1.0
+
 
 class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Windows [N, T] of token ids as a dataset."""
@@ -70,7 +72,7 @@ def train(
         warmup_steps=round(steps * settings.warmup_share),
         weight_decay=settings.weight_decay,
         lr_scheduler_type="cosine",
-        max_grad_norm=1.0,
+        max_grad_norm=0.0,  # by parameter group, see `ClipGroups`
         bf16=settings.bf16,
         logging_steps=max(1, steps // 50),
         save_strategy="no",  # by the clock, see `Clock`
@@ -90,7 +92,7 @@ def train(
             teacher=teacher,
             args=arguments,
             train_dataset=Windows(windows),
-            callbacks=[Clock(settings.save_minutes, progress)],
+            callbacks=[ClipGroups(), Clock(settings.save_minutes, progress)],
         )
         # The Trainer prints its logs; ours go through `progress` and the report.
         trainer.pop_callback(_printer())
@@ -195,6 +197,15 @@ class DialTrainer(Trainer):
             ]
             self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), eps=1e-8)
         return self.optimizer
+
+
+class ClipGroups(TrainerCallback):
+    """Clips the gradients of routers and of all else apart: the routers' noisy labels must not scale down the rest."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Each parameter group to a norm of at most `MAX_GRADIENT`."""
+        for group in kwargs["optimizer"].param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], MAX_GRADIENT)
 
 
 class Clock(TrainerCallback):
