@@ -71,7 +71,7 @@ class Method:
         """Change the model in place. Before anything is learned, the changed model computes the same function."""
 
     def detach(self, model: PreTrainedModel) -> None:
-        """Undo `attach` to the last bit, whatever was learned meanwhile."""
+        """Undo `attach` and all that a fit changed, to the last bit; weights that training changed stay as trained."""
 
     # -- learning
 

@@ -67,3 +67,13 @@ def test_rows_may_have_dials_of_their_own():
             adapted.model, {"input_ids": tiny_windows(3)}, tiny_model()(tiny_windows(3)).logits
         )
     assert torch.isfinite(total)
+
+
+def test_a_row_of_one_token_teaches_the_routers_nothing():
+    adapted = fitted("dynamoe", "llama")
+    ids = tiny_windows(1, 6)
+    mask = torch.tensor([[0, 0, 0, 0, 0, 1]])
+    with spend(0.8):
+        batch = {"input_ids": ids.repeat(2, 1), "attention_mask": mask.repeat(2, 1)}
+        parts = loss(dataclasses.replace(adapted.method, distill_weight=0.0), adapted.model, batch, None)[1]
+    assert parts["router"] == 0.0

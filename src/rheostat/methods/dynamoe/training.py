@@ -87,6 +87,8 @@ def _routers_loss(method: DynaMoE, model: PreTrainedModel, batch: Mapping[str, t
     mask = one.get("attention_mask")
     keep = torch.ones_like(one["input_ids"][0], dtype=torch.bool) if mask is None else mask[0].bool()
     keep = keep & (keep.long().cumsum(0) > 1)  # the first token is pinned: nothing to learn from it
+    if not bool(keep.any()):
+        return torch.zeros((), device=keep.device)
     needs_gradient = method.criterion in NEEDS_GRADIENT
     with _row_dial(pick, len(batch["input_ids"])), recording(model) as seen, torch.set_grad_enabled(needs_gradient):
         logits = model(**one, use_cache=False).logits[0].float()
