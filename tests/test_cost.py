@@ -8,17 +8,8 @@ from hypothesis import strategies as st
 
 from rheostat.cost import Cost, Parts, attended, attention_cost, dense_cost, ffn_cost, head_cost
 from rheostat.geometry import Geometry
+from tests.tiny import SMOLLM2
 
-SMOLLM2 = Geometry(
-    num_layers=30,
-    hidden_size=576,
-    ffn_size=1536,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    vocab_size=49152,
-    is_tied=True,
-)
 SMALL = Geometry(
     num_layers=3,
     hidden_size=8,

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rheostat import text
 from rheostat.errors import SettingError
-from rheostat.text import pack, read_texts, split_windows
+from rheostat.text import pack, read_texts
 
 EOS = 256
 
@@ -229,14 +229,3 @@ def test_bad_settings_of_pack_are_named():
         pack(TOKENIZER, ["text"], length=5, name="heldout")
     with pytest.raises(SettingError, match="end-of-text"):
         pack(PreTrainedTokenizerFast(tokenizer_object=TOKENIZER.backend_tokenizer), ["text"], length=2)
-
-
-def test_split_windows_parts_without_loss():
-    windows = torch.arange(12).view(6, 2)
-    for held_out in (0, 2, 5):
-        train, held = split_windows(windows, held_out)
-        assert len(held) == held_out
-        assert torch.equal(torch.cat([train, held]), windows)
-    for bad in (-1, 6):
-        with pytest.raises(SettingError, match=r"held_out=.*from 0 to 5"):
-            split_windows(windows, bad)

@@ -8,7 +8,20 @@ from transformers.models.auto import CONFIG_MAPPING
 
 from rheostat.adapted import Adapted
 from rheostat.calibration import calibrate
+from rheostat.geometry import Geometry
 from rheostat.methods import DynaMoE
+
+SMOLLM2 = Geometry(
+    num_layers=30,
+    hidden_size=576,
+    ffn_size=1536,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    vocab_size=49152,
+    is_tied=True,
+)
+"""The bundled model's sizes; no weights are needed to compute its costs."""
 
 VOCAB = 97
 SIZES = {

@@ -106,17 +106,6 @@ def pack(
     return cast(torch.LongTensor, windows[order])
 
 
-def split_windows(windows: torch.Tensor, held_out: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Part windows [N, length] into views of all but the last `held_out`, to train on, and of those last.
-
-    Raises:
-        SettingError: `held_out` is negative, or leaves nothing to train on.
-    """
-    if not 0 <= held_out < len(windows):
-        raise bad_setting("held_out", held_out, f"from 0 to {len(windows) - 1}: there are {len(windows)} windows")
-    return windows[: len(windows) - held_out], windows[len(windows) - held_out :]
-
-
 def _read_item(item: Any, index: int) -> list[str]:
     """The documents of one element of a list of paths, strings or rows."""
     if isinstance(item, os.PathLike):

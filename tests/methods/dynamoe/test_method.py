@@ -5,20 +5,8 @@ import torch
 
 from rheostat.adapted import Adapted
 from rheostat.errors import SettingError
-from rheostat.geometry import Geometry
 from rheostat.methods.dynamoe import DynaMoE
-from tests.tiny import tiny_model
-
-SMOLLM2 = Geometry(
-    num_layers=30,
-    hidden_size=576,
-    ffn_size=1536,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    vocab_size=49152,
-    is_tied=True,
-)
+from tests.tiny import SMOLLM2, tiny_model
 
 
 def test_floor_of_smollm2_is_what_the_documentation_says():

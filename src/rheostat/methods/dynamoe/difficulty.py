@@ -22,21 +22,21 @@ in float32."""
 def _projection(
     small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None
 ) -> torch.Tensor:
-    """1 - <small, full> / <full, full>: the card's similarity (a), sees direction and size."""
+    """1 - <small, full> / <full, full>: a similarity, reversed; sees direction and size."""
     return 1 - (small * full).sum(-1) / full.square().sum(-1).clamp(min=1e-30)
 
 
 def _cosine(
     small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None
 ) -> torch.Tensor:
-    """1 - cosine: the card's similarity (b), blind to shrinkage."""
+    """1 - cosine: a similarity, reversed; blind to shrinkage."""
     return 1 - torch.nn.functional.cosine_similarity(small, full, dim=-1, eps=1e-15)
 
 
 def _error(
     small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None
 ) -> torch.Tensor:
-    """|small - full| / |full|: the card's similarity (c), strictest."""
+    """|small - full| / |full|: the relative error, strictest of the three."""
     return (small - full).norm(dim=-1) / full.norm(dim=-1).clamp(min=1e-15)
 
 
@@ -86,7 +86,7 @@ def fisher_root(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def labels(damage: torch.Tensor, tolerance: float) -> torch.Tensor:
-    """The smallest expert whose damage is within `tolerance` (theta_label = 1 - tolerance for the card's similarities).
+    """The smallest expert whose damage is within `tolerance` (theta_label = 1 - tolerance for the similarities).
 
     Args:
         damage: [N, E-1].

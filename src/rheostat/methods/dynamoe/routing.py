@@ -55,7 +55,7 @@ def choose_by_damage(log_damage: torch.Tensor, price: torch.Tensor, shares: torc
 
 
 def choose_by_confidence(logits: torch.Tensor, slack: torch.Tensor) -> torch.Tensor:
-    """The smallest expert that suffices with probability at least 1 - slack (theta = 1 - slack in the card's terms).
+    """The smallest expert that suffices with probability at least 1 - slack (1 - slack is the threshold theta).
 
     Args:
         logits: [N, E], class logits.

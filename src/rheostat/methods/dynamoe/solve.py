@@ -49,11 +49,11 @@ def rank(kind: str, moments: Moments, down: torch.Tensor, root: torch.Tensor | N
 
     Args:
         kind: `none` keeps the order; `activation` sorts by mean |A_j|; `activation_weight` by mean |A_j| ||W_j||
-            (both from the card); `elimination` is ours, see `eliminate`.
+            (both known from pruning); `elimination` is ours, see `eliminate`.
         moments: of the hidden activations.
         down: W, [D, F].
         root: R [D, D]; an error e in the FFN's output matters as |e R|^2. None for the identity. Only for
-        `elimination`.
+            `elimination`.
 
     Returns:
         [F] int64.
