@@ -23,7 +23,7 @@ LAYERS = (
     ("cost",),
     ("meter",),
     ("spending", "families"),
-    ("text", "models", "sampling"),
+    ("text", "models", "sampling", "losses"),
     ("methods.base",),
     ("methods.*",),
     ("methods",),

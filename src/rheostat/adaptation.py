@@ -23,7 +23,7 @@ from rheostat.methods import Method
 from rheostat.methods.base import Progress, no_progress
 from rheostat.models import model_digest
 from rheostat.provenance import provenance
-from rheostat.text import pack, read_texts
+from rheostat.text import Document, pack, read_texts
 from rheostat.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _fit(
 def _train(
     adapted: Adapted,
     tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
+    texts: list[Document],
     settings: TrainSettings,
     teacher: PreTrainedModel | None,
     seed: int,

@@ -17,7 +17,16 @@ from transformers import PreTrainedTokenizerBase
 from rheostat.errors import SettingError, bad_setting
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
-"""Files that can be read: plain text is one document, JSON lines are one document a row (field `text`)."""
+"""Files that can be read: plain text is one document, JSON lines are one document a row (field `text`, or the
+conversation in `messages`)."""
+
+Message = dict[str, str]
+"""One turn of a conversation: `role` and `content`."""
+
+Document = str | list[Message]
+"""A text, or a conversation that `pack` writes out with the tokeniser's chat template."""
+
+ROW = "a string in the field `text`, or turns with `role` and `content` in `messages`"
 
 BUILTIN = {"builtin:calibration": "calibration.jsonl.gz", "builtin:heldout": "heldout.jsonl.gz"}
 """Name -> file of the texts that the package carries."""
@@ -29,12 +38,13 @@ BATCH_CHARS = 1_000_000
 """About how many characters go to the tokeniser at once: it needs some hundred bytes for each token."""
 
 
-def read_texts(data: Any) -> list[str]:
+def read_texts(data: Any) -> list[Document]:
     """The documents in `data`, in order; blank ones are left out.
 
     Args:
         data: a path, a built-in text (`builtin:calibration`, `builtin:heldout`), or an iterable of paths,
-            strings, or rows with a string in the field `text`, such as one split of a `datasets.DatasetDict`.
+            strings, or rows with a string in the field `text` or a conversation in `messages`, such as one
+            split of a `datasets.DatasetDict`.
             A folder stands for all files in it, at any depth, that end in one of `SUFFIXES`, sorted by path.
             A string alone is a path. Among several, a string is a path if it exists or ends in one of
             `SUFFIXES`, and else a document; a `Path` is always a path.
@@ -49,7 +59,7 @@ def read_texts(data: Any) -> list[str]:
         raise bad_setting("data", type(data).__name__, "paths, strings, or the rows of one split of a data set")
     else:
         texts = [text for index, item in enumerate(data) for text in _read_item(item, index)]
-    texts = [text for text in texts if text.strip()]
+    texts = [text for text in texts if not _is_blank(text)]
     if not texts:
         raise bad_setting("data", _brief(data), "text: it is empty")
     return texts
@@ -57,7 +67,7 @@ def read_texts(data: Any) -> list[str]:
 
 def pack(
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[Document],
     *,
     length: int,
     limit: int | None = None,
@@ -72,7 +82,8 @@ def pack(
 
     Args:
         tokenizer: of the model that will read the windows.
-        texts: the documents.
+        texts: the documents. A conversation goes through the tokeniser's chat template; where there is none, it is
+            written as `role: content`, one turn a paragraph.
         length: tokens in a window, at least 2.
         limit: at most this many windows; None for all.
         seed: of the choice of pieces and the order of windows. The same arguments give the same windows.
@@ -92,11 +103,12 @@ def pack(
     if tokenizer.eos_token_id is None:
         raise bad_setting("tokenizer", type(tokenizer).__name__, "one with an end-of-text token")
     generator = torch.Generator().manual_seed(seed)
+    plain = [text if isinstance(text, str) else _written_out(tokenizer, text) for text in texts]
     if limit is None:
-        ids = _join(tokenizer, texts, None)
+        ids = _join(tokenizer, plain, None)
     else:
         # Some six windows: shorter pieces mean more seams inside windows, longer ones a less even sample.
-        pieces = _spread(texts, 6 * CHARS_PER_TOKEN * length, generator)
+        pieces = _spread(plain, 6 * CHARS_PER_TOKEN * length, generator)
         ids = _join(tokenizer, pieces, limit * length)
     num_windows = len(ids) // length
     if not num_windows:
@@ -106,7 +118,23 @@ def pack(
     return cast(torch.LongTensor, windows[order])
 
 
-def _read_item(item: Any, index: int) -> list[str]:
+def _is_blank(text: Document) -> bool:
+    return not (text.strip() if isinstance(text, str) else any(turn["content"].strip() for turn in text))
+
+
+def _written_out(tokenizer: PreTrainedTokenizerBase, turns: list[Message]) -> str:
+    """A conversation as one text, special tokens included."""
+    if not tokenizer.chat_template:
+        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    try:
+        return cast(str, tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception as error:  # templates raise errors of their own, about roles they do not know
+        raise bad_setting(
+            "data", "messages", f"a conversation that the model's chat template takes ({error})"
+        ) from error
+
+
+def _read_item(item: Any, index: int) -> list[Document]:
     """The documents of one element of a list of paths, strings or rows."""
     if isinstance(item, os.PathLike):
         return _read_path(os.fspath(item))
@@ -114,13 +142,28 @@ def _read_item(item: Any, index: int) -> list[str]:
         # `os.path`, because a document is a name too long for `Path.exists`, which then raises.
         is_path = item.startswith("builtin:") or item.endswith(SUFFIXES) or os.path.exists(os.path.expanduser(item))
         return _read_path(item) if is_path else [_checked(item, f"item {index}")]
-    text = item.get("text") if isinstance(item, Mapping) else None
-    if not isinstance(text, str):
-        raise bad_setting("data", f"item {index}", "a path, a string, or a row with a string in the field `text`")
-    return [_checked(text, f"item {index}")]
+    document = _row(item, f"item {index}")
+    if document is None:
+        raise bad_setting("data", f"item {index}", f"a path, a string, or a row with {ROW}")
+    return [document]
 
 
-def _read_path(name: str) -> list[str]:
+def _row(row: Any, where: str) -> Document | None:
+    """The document in one row of a data set, or None where there is none."""
+    if not isinstance(row, Mapping):
+        return None
+    if isinstance(text := row.get("text"), str):
+        return _checked(text, where)
+    turns = row.get("messages")
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in turns
+    ):
+        return None
+    return [{"role": turn["role"], "content": _checked(turn["content"], where)} for turn in turns]
+
+
+def _read_path(name: str) -> list[Document]:
     if name.startswith("builtin:"):
         if name not in BUILTIN:
             raise bad_setting("data", name, f"one of {', '.join(BUILTIN)}")
@@ -139,7 +182,7 @@ def _read_path(name: str) -> list[str]:
     return _read_file(path)
 
 
-def _read_file(path: Path) -> list[str]:
+def _read_file(path: Path) -> list[Document]:
     name = str(path)
     try:
         raw = path.read_bytes()
@@ -148,8 +191,10 @@ def _read_file(path: Path) -> list[str]:
         raise bad_setting("data", name, f"a complete gzip file ({error})") from error
     except OSError as error:
         raise bad_setting("data", name, f"a file that can be read ({error.strerror})") from error
-    texts = list(_json_lines(text, name)) if name.removesuffix(".gz").endswith(".jsonl") else [text]
-    if not any(text.strip() for text in texts):
+    texts: list[Document] = [text]
+    if name.removesuffix(".gz").endswith(".jsonl"):
+        texts = list(_json_lines(text, name))
+    if all(_is_blank(text) for text in texts):
         raise bad_setting("data", name, "a file with text: it is empty")
     return texts
 
@@ -162,7 +207,7 @@ def _decode(raw: bytes, name: str) -> str:
         raise bad_setting("data", name, f"UTF-8 text: {where} {error.start} is not") from error
 
 
-def _json_lines(text: str, name: str) -> Iterator[str]:
+def _json_lines(text: str, name: str) -> Iterator[Document]:
     # Not `splitlines`: it also cuts at characters that JSON allows inside strings, such as U+2028.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -171,13 +216,14 @@ def _json_lines(text: str, name: str) -> Iterator[str]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise _bad_row(name, number) from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        document = _row(row, f"{name}, line {number}")
+        if document is None:
             raise _bad_row(name, number)
-        yield _checked(row["text"], f"{name}, line {number}")
+        yield document
 
 
 def _bad_row(name: str, number: int) -> SettingError:
-    return bad_setting("data", f"{name}, line {number}", "a JSON object with a string in the field `text`")
+    return bad_setting("data", f"{name}, line {number}", f"a JSON object with {ROW}")
 
 
 def _checked(text: str, where: str) -> str:

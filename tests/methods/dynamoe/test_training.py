@@ -5,48 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from rheostat.methods.dynamoe.training import _routers_loss, language_loss, loss
+from rheostat.methods.dynamoe.training import _routers_loss, loss
 from rheostat.spending import spend
 from tests.test_contract import fitted
 from tests.tiny import tiny_model, tiny_windows
 
 
-def test_language_loss_is_cross_entropy_without_a_teacher():
-    batch = {"input_ids": tiny_windows(2, 10)}
-    logits = torch.randn(2, 10, 97, generator=torch.Generator().manual_seed(0))
-    total, parts = language_loss(logits, batch, None, distill_weight=1.0)
-    wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
-    torch.testing.assert_close(total, wanted)
-    assert set(parts) == {"lm"}
-
-
-def test_distillation_is_zero_at_the_teacher_and_mixes():
-    batch = {"input_ids": tiny_windows(2, 10)}
-    generator = torch.Generator().manual_seed(0)
-    logits, teacher = (torch.randn(2, 10, 97, generator=generator) for _ in range(2))
-    assert float(language_loss(logits, batch, logits, 1.0)[0]) == pytest.approx(0, abs=1e-6)
-    whole = [float(language_loss(logits, batch, teacher, weight)[0]) for weight in (0.0, 0.5, 1.0)]
-    assert whole[1] == pytest.approx((whole[0] + whole[2]) / 2, rel=1e-5)
-
-
-def test_padding_does_not_count():
-    ids = tiny_windows(2, 10)
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    generator = torch.Generator().manual_seed(0)
-    logits, teacher = (torch.randn(2, 10, 97, generator=generator) for _ in range(2))
-    before = language_loss(logits, {"input_ids": ids, "attention_mask": mask}, teacher, 0.5)[0]
-    ids = ids.clone()
-    ids[0, :4] = 7
-    logits, teacher = logits.clone(), teacher.clone()
-    logits[0, :4] += 5
-    teacher[0, :4] -= 5
-    assert torch.equal(before, language_loss(logits, {"input_ids": ids, "attention_mask": mask}, teacher, 0.5)[0])
-
-
 def test_router_loss_never_reaches_the_backbone():
     adapted = fitted("dynamoe", "llama")
-    method = dataclasses.replace(adapted.method, distill_weight=1.0)
+    method = dataclasses.replace(adapted.method, distill_weight=1.0, router_loss_share=1.0)
     adapted.model.requires_grad_(True)
     ids = tiny_windows(3)
     with torch.no_grad(), spend(0.8):
@@ -74,3 +41,14 @@ def test_a_row_of_one_token_teaches_the_routers_nothing():
     batch = {"input_ids": tiny_windows(1, 6), "attention_mask": torch.tensor([[0, 0, 0, 0, 0, 1]])}
     with spend(0.8):
         assert float(_routers_loss(adapted.method, adapted.model, batch)) == 0.0
+
+
+def test_the_routers_learn_in_their_share_of_the_steps():
+    adapted = fitted("dynamoe", "llama")
+    batch = {"input_ids": tiny_windows(2)}
+    torch.manual_seed(0)
+    for share, low, high in ((0.0, 0, 0), (0.5, 2, 14), (1.0, 16, 16)):
+        method = dataclasses.replace(adapted.method, router_loss_share=share)
+        with spend(0.8):
+            lessons = sum("router" in loss(method, adapted.model, batch, None)[1] for _ in range(16))
+        assert low <= lessons <= high

@@ -70,7 +70,9 @@ class DynaMoE(Method):
     """What training changes: routers (backbone frozen), ffn (FFN weights and routers), all."""
     router_loss_weight: float = 1.0
     """Weight of the router's loss beside the language-model loss, in training."""
-    distill_weight: float = 1.0
+    router_loss_share: float = 0.25
+    """Share of the training steps in which the routers learn: labels cost a second pass, and routers need few."""
+    distill_weight: float = 0.5
     """Share of the language-model loss taken from the dense teacher's distribution; the rest is from the text."""
 
     def __post_init__(self) -> None:
@@ -91,6 +93,7 @@ class DynaMoE(Method):
             ("ridge", 0.0, 1.0),
             ("gradient_share", 0.0, 1.0),
             ("router_loss_weight", 0.0, float("inf")),
+            ("router_loss_share", 0.0, 1.0),
             ("distill_weight", 0.0, 1.0),
         ):
             number = getattr(self, field)

@@ -1,7 +1,7 @@
 """Training with gradients: language-model loss through the routed model plus the routers' loss.
 
 The routed forward runs under whatever dial the trainer has set, so every slice keeps receiving gradient. The routers
-learn from labels made on the routed stream itself, on one row of each batch, detached: their loss never
+learn from labels made on the routed stream itself, on one row of some of the batches, detached: their loss never
 reaches the backbone.
 
 Shapes: B rows, T tokens, V vocabulary, N = T - 1 labelled tokens, D model width, E experts.
@@ -14,9 +14,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cross_entropy
 
 from rheostat import families
+from rheostat.losses import language_loss
 from rheostat.methods.dynamoe.difficulty import NEEDS_GRADIENT, bound, slice_damages
 from rheostat.methods.dynamoe.fit_router import router_loss
 from rheostat.methods.dynamoe.watching import recording
@@ -38,37 +39,11 @@ def loss(
     logits = model(**batch, use_cache=False).logits
     total, parts = language_loss(logits, batch, teacher_logits, method.distill_weight)
     # When the model has diverged there is nothing to label, and the trainer will say so.
-    if method.router_loss_weight and bool(torch.isfinite(total.detach())):
+    is_lesson = method.router_loss_weight > 0 and float(torch.rand(())) < method.router_loss_share
+    if is_lesson and bool(torch.isfinite(total.detach())):
         routers = _routers_loss(method, model, batch)
         total = total + method.router_loss_weight * routers
         parts["router"] = float(routers.detach())
-    return total, parts
-
-
-def language_loss(
-    logits: torch.Tensor,
-    batch: Mapping[str, torch.Tensor],
-    teacher_logits: torch.Tensor | None,
-    distill_weight: float,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Next-token cross-entropy [B, T, V] mixed with the divergence from the teacher's distribution; padding
-    left out."""
-    mask = batch.get("attention_mask")
-    keep = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
-    pairs = (keep[:, :-1] & keep[:, 1:]).flatten()
-    student = logits[:, :-1].flatten(0, 1)[pairs]
-    targets = batch["input_ids"][:, 1:].flatten()[pairs]
-    weight = 0.0 if teacher_logits is None else distill_weight
-    total, parts = torch.zeros((), device=logits.device), {}
-    if weight < 1:
-        lm = cross_entropy(student.float(), targets)
-        total, parts["lm"] = total + (1 - weight) * lm, float(lm.detach())
-    if teacher_logits is not None and weight > 0:
-        teacher = teacher_logits[:, :-1].flatten(0, 1)[pairs]
-        distill = kl_div(
-            log_softmax(student.float(), -1), log_softmax(teacher.float(), -1), log_target=True, reduction="batchmean"
-        )
-        total, parts["distill"] = total + weight * distill, float(distill.detach())
     return total, parts
 
 
