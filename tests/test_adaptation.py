@@ -15,6 +15,7 @@ from rheostat.adaptation import FitSettings, adapt
 from rheostat.adapted import Adapted
 from rheostat.errors import SettingError
 from rheostat.methods import Chain, DynaMoE, Method
+from rheostat.methods.dynamoe import fitting
 from rheostat.methods.dynamoe.method import nested_ffns
 from rheostat.spending import spend
 from rheostat.train.settings import TrainSettings
@@ -117,11 +118,30 @@ def test_an_interrupted_fit_is_resumed(model, tiny_tokenizer, tmp_path, monkeypa
     assert resumed.report["fitted"] == whole.report["fitted"]
 
 
-def test_a_fit_that_was_not_finished_leaves_nothing_to_resume(model, tiny_tokenizer, tmp_path):
+def test_a_fit_goes_on_with_the_next_layer(model, tiny_tokenizer, tmp_path, monkeypatch):
+    whole = adapted_on(copy.deepcopy(model), tiny_tokenizer)
     with pytest.raises(KeyboardInterrupt):
         adapted_on(model, tiny_tokenizer, work_dir=tmp_path, progress=stop_at("solving layers", 2))
-    assert list(tmp_path.iterdir()) == []
     assert not nested_ffns(model)
+    assert [file.name for file in tmp_path.glob("*/*")] == ["layer-000.safetensors"]
+
+    solved = []
+    monkeypatch.setattr(fitting, "_solve", lambda *args, solve=fitting._solve: solved.append(args) or solve(*args))
+    resumed = adapted_on(model, tiny_tokenizer, work_dir=tmp_path)
+    assert len(solved) == len(nested_ffns(model)) - 1
+    assert equal(resumed, whole)
+    assert resumed.report["fitted"] == whole.report["fitted"]
+    assert [p.name for p in tmp_path.iterdir()] == ["fit.safetensors"]
+
+
+def test_a_damaged_layer_is_solved_again(model, tiny_tokenizer, tmp_path, caplog):
+    with pytest.raises(KeyboardInterrupt):
+        adapted_on(model, tiny_tokenizer, work_dir=tmp_path, progress=stop_at("solving layers", 2))
+    next(tmp_path.glob("*/layer-000.safetensors")).write_bytes(b"damaged")
+    whole = adapted_on(copy.deepcopy(model), tiny_tokenizer)
+    resumed = adapted_on(model, tiny_tokenizer, work_dir=tmp_path)
+    assert "solving the layer again" in caplog.text
+    assert equal(resumed, whole)
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"fit": FitSettings(windows=7, length=32)}, {"text": TEXT[:20]}, {}])

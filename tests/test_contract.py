@@ -19,17 +19,18 @@ from tests.tiny import CONTRACT_FAMILIES, tiny_model, tiny_windows
 
 CASES: dict[str, Method] = {
     "dense": Method(),
-    "dynamoe": DynaMoE(tile=4, router_width=8, router_steps=30),
+    "dynamoe": DynaMoE(tile=4, router_width=8, router_steps=30, router_loss_share=1.0),
     "dynamoe-class": DynaMoE(
         tile=4,
         router_width=8,
         router_steps=30,
+        router_loss_share=1.0,
         criterion="projection",
         target="class",
         refit=False,
         ranking="activation_weight",
     ),
-    "chain": Chain([DynaMoE(tile=4, router_width=8, router_steps=30, criterion="residual")]),
+    "chain": Chain([DynaMoE(tile=4, router_width=8, router_steps=30, router_loss_share=1.0, criterion="residual")]),
 }
 """Each method with settings fit for a tiny model."""
 

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import logging
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,9 +137,12 @@ def _fit(
         fitted = _kept_facts(file)
     else:
         generator = torch.Generator().manual_seed(seed)
-        fitted = adapted.method.fit(adapted.model, windows, generator=generator, progress=progress)
+        parts = None if work is None else work / f"fit-{key[:12]}"
+        fitted = adapted.method.fit(adapted.model, windows, generator=generator, progress=progress, work_dir=parts)
         if file is not None:
             _keep(adapted, file, key, fitted)
+        if parts is not None:
+            shutil.rmtree(parts, ignore_errors=True)
     return {"fitted": fitted, "fit_seconds": round(time.perf_counter() - started, 1)}
 
 

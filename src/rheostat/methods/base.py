@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -82,8 +83,13 @@ class Method:
         *,
         generator: torch.Generator,
         progress: Progress = no_progress,
+        work_dir: Path | None = None,
     ) -> dict[str, Any]:
         """Solve in closed form whatever can be, on calibration windows [N, T] of token ids.
+
+        Args:
+            work_dir: where to keep what is done, and to take it from when called again after an interruption. The
+                caller sees to it that the folder is of the same call.
 
         Returns:
             Figures about the fit, for the report.

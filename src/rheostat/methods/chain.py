@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -78,9 +79,14 @@ class Chain(Method):
         *,
         generator: torch.Generator,
         progress: Progress = no_progress,
+        work_dir: Path | None = None,
     ) -> dict[str, Any]:
         """Each method in order, on the model as the ones before it left it."""
-        return {m.name: m.fit(model, windows, generator=generator, progress=progress) for m in self.methods}
+        facts = {}
+        for m in self.methods:
+            folder = None if work_dir is None else work_dir / m.name
+            facts[m.name] = m.fit(model, windows, generator=generator, progress=progress, work_dir=folder)
+        return facts
 
     def loss(
         self,

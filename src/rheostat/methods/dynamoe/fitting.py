@@ -12,6 +12,8 @@ width, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +23,7 @@ from rheostat.methods.base import Progress
 from rheostat.methods.dynamoe.difficulty import NEEDS_GRADIENT, bound, fisher_root, slice_damages
 from rheostat.methods.dynamoe.ffn import NestedFFN
 from rheostat.methods.dynamoe.fit_router import fit_router
+from rheostat.methods.dynamoe.keeping import keep, restore
 from rheostat.methods.dynamoe.solve import Moments, rank, refit
 from rheostat.methods.dynamoe.watching import frozen, layer_arguments, sampled_gradients
 
@@ -44,6 +47,7 @@ def fit(
     *,
     generator: torch.Generator,
     progress: Progress,
+    work_dir: Path | None = None,
 ) -> dict[str, Any]:
     """See `DynaMoE.fit`. Returns mean damage of each slice and the router's last loss, by layer."""
     windows = windows.to(model.device)
@@ -59,7 +63,8 @@ def fit(
             for i in range(num_layers):
                 progress("solving layers", i, num_layers)
                 gradient = gradients[i] if num_gradient else None
-                stream, facts = _fit_layer(method, model, i, stream, arguments[i], gradient, generator)
+                file = None if work_dir is None else work_dir / f"layer-{i:03}.safetensors"
+                stream, facts = _fit_layer(method, model, i, stream, arguments[i], gradient, generator, file)
                 figures.append(facts)
                 if num_gradient:
                     gradients[i] = torch.empty(0)  # free it: the next layer needs the room
@@ -75,13 +80,42 @@ def _fit_layer(
     arguments: dict[int, dict[str, Any]],
     gradient: torch.Tensor | None,
     generator: torch.Generator,
+    file: Path | None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Solve one layer on the stream [W, T, D] and carry the stream through it."""
+    """Solve one layer on the stream [W, T, D], or take what `file` kept of it, and carry the stream through it."""
     layer = families.layers(model)[index]
     ffn: NestedFFN = layer.mlp  # type: ignore[assignment]
     contribute = families.contribution(model, layer)
     after, middle, x = _through(model, layer, stream, arguments)
+    facts = None if file is None else restore(file, ffn, generator, has_bias=method.refit_bias)
+    if facts is None:
+        facts = _solve(method, ffn, contribute, middle, x, gradient, generator)
+        if file is not None:
+            keep(file, ffn, facts, generator)
+    if not method.sequential:
+        return after, facts
+    choice = _stream_choice(ffn, x)
+    y = ffn.run(x.flatten(0, 1), choice.flatten()).view_as(x)
+    return middle + contribute(y), facts
 
+
+def _solve(
+    method: DynaMoE,
+    ffn: NestedFFN,
+    contribute: Callable[[torch.Tensor], torch.Tensor],
+    middle: torch.Tensor,
+    x: torch.Tensor,
+    gradient: torch.Tensor | None,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """Order, down projections and router of one layer.
+
+    Args:
+        contribute: from the FFN's output to what joins the stream.
+        middle: [W, T, D], the residual stream before the FFN's norm.
+        x: [W, T, D], what the FFN reads.
+        gradient: [n, D] for the first n tokens, where the criterion needs it.
+    """
     inside = x[:, 1:].flatten(0, 1).float()
     norm = middle[:, 1:].flatten(0, 1).float().norm(dim=-1).clamp(min=1e-12)
     weight = norm.square().reciprocal()
@@ -113,12 +147,7 @@ def _fit_layer(
     damage = damage if draws is None else draws
     ffn.mean_damage.copy_(damage.mean(0))
 
-    facts = {"mean_damage": damage.mean(0).tolist(), "router_loss": loss}
-    if not method.sequential:
-        return after, facts
-    choice = _stream_choice(ffn, x)
-    y = ffn.run(x.flatten(0, 1), choice.flatten()).view_as(x)
-    return middle + contribute(y), facts
+    return {"mean_damage": damage.mean(0).tolist(), "router_loss": loss}
 
 
 def _through(

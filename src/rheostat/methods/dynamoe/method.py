@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -140,10 +141,11 @@ class DynaMoE(Method):
         *,
         generator: torch.Generator,
         progress: Progress = no_progress,
+        work_dir: Path | None = None,
     ) -> dict[str, Any]:
         """Channel order, down projections and routers, from one pass over the windows; the backbone is only
         re-ordered."""
-        return fitting.fit(self, model, windows, generator=generator, progress=progress)
+        return fitting.fit(self, model, windows, generator=generator, progress=progress, work_dir=work_dir)
 
     def loss(
         self,
