@@ -24,6 +24,7 @@ def old_folder(tmp_path: Path) -> Path:
     path = tmp_path / "out"
     path.mkdir()
     fill(path, "old")
+    (path / "rheostat.json").write_text("{}")
     return path
 
 
@@ -141,3 +142,16 @@ def test_other_errors_of_the_system_pass_through(tmp_path):
     with pytest.raises(FileNotFoundError), whole_folder(tmp_path / "out") as folder:
         (folder / "none").read_text()
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_is_not_ours_is_not_replaced(tmp_path):
+    path = tmp_path / "letters"
+    path.mkdir()
+    check_output(path, overwrite=True)  # empty
+    fill(path)
+    with pytest.raises(SettingError, match="holds no config.json"), whole_folder(path, overwrite=True):
+        raise AssertionError("not reached")
+    assert (path / "file").read_text() == "new"
+    check_output(path, overwrite=True, is_replaced=False)
+    (path / "config.json").write_text("{}")
+    check_output(path, overwrite=True)

@@ -19,7 +19,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "rheostat"
 
 LAYERS = (
     ("errors",),
-    ("geometry", "config", "folders", "provenance"),
+    ("geometry", "config", "folders", "provenance", "processes"),
     ("cost",),
     ("meter",),
     ("spending", "families"),

@@ -8,9 +8,9 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
-from rheostat import cli
+from rheostat import cli, processes
 from rheostat.errors import SettingError
 
 QUIET = {
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
-        with _own_words():
+        with _own_words(), _one_voice():
             return cli.run(arguments)
     except SystemExit as request:  # argparse ends --help with it
         return int(request.code or 0)
@@ -83,6 +83,16 @@ def _own_words() -> Iterator[None]:
             yield
     finally:
         logger.removeHandler(handler)
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Of several processes, only the main one prints results and progress. Errors come from all of them."""
+    if processes.is_main():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from rheostat import processes
 from rheostat.adapted import Adapted
 from rheostat.calibration import calibrate
 from rheostat.config import setting
@@ -115,7 +116,8 @@ def adapt(
         facts |= _fit(adapted, windows, work, key, seed, progress)
         if train.tokens:
             adapted.dial = calibrate(adapted, held, progress=progress)
-            facts["trained"] = _train(adapted, tokenizer, texts, train, teacher, seed, work, key, progress)
+            trained_on = _digest(key, facts["train"], hashlib.sha256(held.numpy().tobytes()).hexdigest())
+            facts["trained"] = _train(adapted, tokenizer, texts, train, teacher, seed, work, trained_on, progress)
             del teacher
         started = time.perf_counter()
         adapted.dial = calibrate(adapted, held, progress=progress)
@@ -133,17 +135,30 @@ def _fit(
     """The closed-form fit, or what an interrupted run kept of it. Returns facts for the report."""
     started = time.perf_counter()
     file = None if work is None else work / "fit.safetensors"
-    if file is not None and _restore(adapted, file, key):
-        fitted = _kept_facts(file)
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        parts = None if work is None else work / f"fit-{key[:12]}"
-        fitted = adapted.method.fit(adapted.model, windows, generator=generator, progress=progress, work_dir=parts)
-        if file is not None:
-            _keep(adapted, file, key, fitted)
-        if parts is not None:
-            shutil.rmtree(parts, ignore_errors=True)
+    with processes.main_first():  # the others take what it kept
+        fitted = _fit_or_restore(adapted, windows, work, file, key, seed, progress)
     return {"fitted": fitted, "fit_seconds": round(time.perf_counter() - started, 1)}
+
+
+def _fit_or_restore(
+    adapted: Adapted,
+    windows: torch.Tensor,
+    work: Path | None,
+    file: Path | None,
+    key: str,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    if file is not None and _restore(adapted, file, key):
+        return _kept_facts(file)
+    generator = torch.Generator().manual_seed(seed)
+    parts = None if work is None else work / f"fit-{key[:12]}"
+    fitted = adapted.method.fit(adapted.model, windows, generator=generator, progress=progress, work_dir=parts)
+    if file is not None and processes.is_main():
+        _keep(adapted, file, key, fitted)
+    if parts is not None:
+        shutil.rmtree(parts, ignore_errors=True)
+    return fitted
 
 
 def _train(
@@ -168,7 +183,7 @@ def _train(
             "data: %d windows for %d wanted by train.tokens; they are seen more than once", len(windows), wanted
         )
     with tempfile.TemporaryDirectory() as scratch:
-        output = Path(scratch) if work is None else work / f"train-{_digest(key, asdict(settings))[:12]}"
+        output = Path(scratch) if work is None else work / f"train-{key[:12]}"
         return train(adapted, windows, settings, output_dir=output, teacher=teacher, seed=seed, progress=progress)
 
 

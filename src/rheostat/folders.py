@@ -12,18 +12,30 @@ from pathlib import Path
 
 from rheostat.errors import SettingError, bad_setting
 
+OURS = ("config.json", "rheostat.json")
+"""A folder with one of these may be replaced: what is lost there is a model that somebody asked to overwrite."""
 
-def check_output(path: str | Path, *, overwrite: bool, needed_bytes: int = 0) -> Path:
+
+def check_output(path: str | Path, *, overwrite: bool, needed_bytes: int = 0, is_replaced: bool = True) -> Path:
     """Refuse, before any work is done, an output folder that could not be written at the end.
 
+    Args:
+        overwrite: it may exist.
+        needed_bytes: that must be free on its disk.
+        is_replaced: what it holds goes away; else files join it.
+
     Raises:
-        SettingError: it exists and `overwrite` is off, its parent cannot be written, or the disk is too full.
+        SettingError: it exists and `overwrite` is off or it is not one that we would write, its parent cannot be
+            written, or the disk is too full.
     """
     path = Path(path)
     if path.exists() and not overwrite:
         raise bad_setting("out", str(path), "a folder that does not exist yet (or use --overwrite)")
     if path.exists() and not path.is_dir():
         raise bad_setting("out", str(path), "a folder, this is a file")
+    strange = is_replaced and path.exists() and any(path.iterdir())
+    if strange and not any((path / name).is_file() for name in OURS):
+        raise bad_setting("out", str(path), f"a model's folder, an empty or a new one; this one holds no {OURS[0]}")
     parent = _existing_parent(path)
     if not parent.is_dir():
         raise bad_setting("out", str(path), f"in a folder, and {parent} is a file")

@@ -69,6 +69,9 @@ def test_overwrite(rheostat, refused, adapt_arguments, tmp_path: Path):
     (out / "mine.txt").write_text("mine")
     assert "out=" in refused(*adapt_arguments, "--out", out)
     assert (out / "mine.txt").read_text() == "mine"
+    assert "holds no config.json" in refused(*adapt_arguments, "--out", out, "--overwrite")
+    assert (out / "mine.txt").read_text() == "mine"
+    (out / "rheostat.json").write_text("{}")
     assert rheostat(*adapt_arguments, "--out", out, "--overwrite").status == 0
     assert not (out / "mine.txt").exists()
 

@@ -31,6 +31,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rheostat import processes
 from rheostat.commands import artifact_origin, load
 from rheostat.config import Common, from_mapping, setting
 from rheostat.errors import bad_setting
@@ -68,6 +69,8 @@ def run(config: Config) -> dict[str, Any]:
         SettingError: a setting, the model, the text or the output folder cannot be used.
     """
     out = check_output(config.out, overwrite=config.overwrite)
+    processes.join(cpu=not (config.device or "cpu").startswith("cuda"))
+    processes.wait()  # all have seen that nothing is there before one writes
     from rheostat import artifact
     from rheostat.adaptation import FitSettings, adapt
     from rheostat.methods import make_method
@@ -99,8 +102,10 @@ def run(config: Config) -> dict[str, Any]:
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("run the same command again to resume") from None
-    artifact.save(adapted, loaded.tokenizer, out, overwrite=config.overwrite)
-    shutil.rmtree(work_dir, ignore_errors=True)
+    if processes.is_main():
+        artifact.save(adapted, loaded.tokenizer, out, overwrite=config.overwrite)
+        shutil.rmtree(work_dir, ignore_errors=True)
+    processes.wait()
     figures = _figures(out, adapted, num_parameters)
     _show(console(), figures)
     if config.json:

@@ -150,7 +150,7 @@ def _row(quality: Quality, kind: str) -> dict[str, Any]:
 
 
 def _check_folder(out: Path) -> None:
-    check_output(out, overwrite=True)
+    check_output(out, overwrite=True, is_replaced=False)
     if out.is_dir() and not os.access(out, os.W_OK):
         raise bad_setting("out", str(out), "a folder that can be written")
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from rheostat import families
+from rheostat import families, processes
 from rheostat.adapted import Adapted
 from rheostat.errors import SettingError, bad_setting
 from rheostat.methods.base import MeteredFFN, Method, Progress, no_progress
@@ -62,7 +62,8 @@ def train(
     """
     check_settings(adapted.model, adapted.method, settings)
     torch.manual_seed(seed)  # the adapters' first values; the Trainer seeds the rest
-    steps = max(1, settings.tokens // (settings.batch_size * settings.accumulate * windows.shape[1]))
+    per_step = settings.batch_size * settings.accumulate * windows.shape[1] * processes.count()
+    steps = max(1, settings.tokens // per_step)
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=steps,
@@ -94,6 +95,8 @@ def train(
             train_dataset=Windows(windows),
             callbacks=[ClipGroups(), Clock(settings.save_minutes, progress)],
         )
+        if processes.count() > 1:  # dials and lessons of its own for each process
+            torch.manual_seed(seed + 1_000_003 * processes.rank())
         # The Trainer prints its logs; ours go through `progress` and the report.
         trainer.pop_callback(_printer())
         last = _last_checkpoint(output_dir)
@@ -103,7 +106,7 @@ def train(
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": steps,
-        "tokens": steps * settings.batch_size * settings.accumulate * windows.shape[1] * arguments.world_size,
+        "tokens": steps * per_step,
         "seconds": round(float(result.metrics["train_runtime"]), 1),
         "log": logged,
     }
@@ -164,8 +167,10 @@ class DialTrainer(Trainer):
         if self.teacher is not None:
             with torch.no_grad():
                 teacher_logits = self.teacher(**inputs, use_cache=False).logits
+        # Not through the Trainer's wrapper for several processes: a method's loss may run the model more than once in a
+        # step, which that forbids. `ClipGroups` averages the gradients instead.
         with spend(drawn if self.adapted.dial.low < 1 else 1.0, keep_passes=False):
-            loss, parts = self.adapted.method.loss(model, inputs, teacher_logits)
+            loss, parts = self.adapted.method.loss(self.adapted.model, inputs, teacher_logits)
         for name, part in parts.items():
             self._parts.setdefault(name, []).append(part)
         value = float(loss.detach())
@@ -200,10 +205,12 @@ class DialTrainer(Trainer):
 
 
 class ClipGroups(TrainerCallback):
-    """Clips the gradients of routers and of all else apart: the routers' noisy labels must not scale down the rest."""
+    """Averages the gradients over the processes, and clips those of routers and of all else apart: the routers' noisy
+    labels must not scale down the rest."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Each parameter group to a norm of at most `MAX_GRADIENT`."""
+        processes.average_gradients(p for group in kwargs["optimizer"].param_groups for p in group["params"])
         for group in kwargs["optimizer"].param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], MAX_GRADIENT)
 

@@ -22,8 +22,9 @@ in float32."""
 def _projection(
     small: torch.Tensor, full: torch.Tensor, residual: torch.Tensor, sensitivity: torch.Tensor | None
 ) -> torch.Tensor:
-    """1 - <small, full> / <full, full>: a similarity, reversed; sees direction and size."""
-    return 1 - (small * full).sum(-1) / full.square().sum(-1).clamp(min=1e-30)
+    """1 - <small, full> / <full, full>: a similarity, reversed; sees direction and size. A slice that overshoots
+    does no damage."""
+    return (1 - (small * full).sum(-1) / full.square().sum(-1).clamp(min=1e-30)).clamp(min=0)
 
 
 def _cosine(

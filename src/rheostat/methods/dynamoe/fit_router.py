@@ -55,7 +55,8 @@ def fit_router(
     Returns:
         The last loss.
     """
-    mean, scale = x.mean(0), x.std(0).clamp(min=1e-6)
+    mean, scale = x.mean(0), x.std(0)
+    scale = scale.clamp(min=max(1e-6, 1e-3 * float(scale.mean())))  # so that the folded weights fit any dtype
     inputs = (x - mean) / scale
     twin = Router(x.shape[1], router.inner.out_features, router.outer.out_features).to(x.device)
     _init_inner(twin, generator)

@@ -1,0 +1,85 @@
+"""Two processes train one model: what `accelerate launch` starts, on two CPU processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rheostat import processes
+
+
+def launch(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *arguments]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([str(a) for a in command], capture_output=True, text=True, timeout=300, env=env)
+
+
+def test_alone_there_is_nobody_to_wait_for():
+    assert processes.count() == 1
+    assert processes.is_main()
+    parameter = torch.nn.Parameter(torch.ones(2))
+    processes.average_gradients([parameter])
+    assert parameter.grad is None
+    with processes.main_first():
+        processes.wait()
+
+
+AVERAGE = """
+import torch
+from rheostat import processes
+processes.join(cpu=True)
+mine, shared, nobody = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+shared.grad = torch.full((2,), 1.0 + 2 * processes.rank())
+if processes.is_main():
+    mine.grad = torch.ones(2)
+processes.average_gradients([mine, shared, nobody])
+assert shared.grad.tolist() == [2.0, 2.0]
+assert mine.grad.tolist() == [0.5, 0.5]
+assert nobody.grad is None
+print("averaged", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_gradients_are_averaged(tmp_path: Path):
+    (tmp_path / "average.py").write_text(AVERAGE)
+    done = launch(2, tmp_path / "average.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("averaged") == 2
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tiny_model_folder: Path, tiny_text: Path, tmp_path: Path):
+    """Half the steps with twice the rows in each; one of the two speaks and writes."""
+    reports = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        flags = ["--data", tiny_text, "--held-out", tiny_text, "--out", out, "--json"]
+        flags += [
+            "--set",
+            "tile=4",
+            "--set",
+            "router_width=8",
+            "--set",
+            "router_steps=10",
+            "--set",
+            "router_loss_share=0.5",
+        ]
+        flags += ["--fit", "windows=4", "--fit", "length=32", "--fit", "dial_windows=2"]
+        flags += ["--train", "tokens=512", "--train", "length=32", "--train", "batch_size=2"]
+        done = launch(count, "-m", "rheostat", "adapt", tiny_model_folder, *flags)
+        assert done.returncode == 0, done.stderr
+        printed = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        assert len(printed) == 1
+        assert json.loads(printed[0])["provenance"]
+        reports.append(json.loads((out / "rheostat.json").read_text())["report"])
+        assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+    one, two = (report["trained"] for report in reports)
+    assert (one["steps"], two["steps"]) == (8, 4)
+    assert one["tokens"] == two["tokens"] == 512
