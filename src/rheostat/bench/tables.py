@@ -21,7 +21,11 @@ RATE_HEADINGS = ("GB/s", "of roof", "GFLOP/s", "of roof")
 def roof_table(roof: dict[str, Any]) -> Table:
     """Rates of the machine."""
     place = roof["machine"]
-    details = [f"{place['threads']} threads" if "threads" in place else "", place.get("simd", ""), place["torch"]]
+    details = [
+        f"{place['threads']} threads" if "threads" in place else "",
+        place.get("simd", ""),
+        f"torch {place['torch']}",
+    ]
     title = ", ".join(filter(None, [place["device"], *details]))
     table = _table(f"roof of {title}", "dtype", "one-row products GB/s", "matrix products GFLOP/s")
     for dtype in dict.fromkeys([*roof["rows"], *roof["products"]]):
