@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -144,8 +145,8 @@ class Adapted(nn.Module):
         news = one.valid.sum(1).tolist()
         pasts = self._pasts(one, kwargs.get("past_key_values"), news)
         cost = attention_weight_bytes(self.geometry, itemsize)
-        for new, past in zip(news, pasts, strict=True):
-            cost += attention_cost(self.geometry, new, past, itemsize)
+        for (new, past), number in Counter(zip(news, pasts, strict=True)).items():
+            cost += attention_cost(self.geometry, new, past, itemsize).times(number)
         if self._num_plain_ffns:
             cost += ffn_cost(self.geometry, sum(news), self._num_plain_ffns, itemsize)
         if _new_tokens(args, kwargs).dim() == 2:  # else embeddings were given, and nothing was looked up

@@ -12,7 +12,9 @@ that count: a kernel that computes the whole square, as eager attention does, ru
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 
 from rheostat.geometry import Geometry
 
@@ -63,6 +65,10 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(flops=self.flops + other.flops, bytes=self.bytes + other.bytes)
 
+    def times(self, number: int) -> Cost:
+        """The cost `number` times."""
+        return Cost(flops=self.flops.times(number), bytes=self.bytes.times(number))
+
     def charged_to(self, part: str) -> Cost:
         """The same cost as that of an `auxiliary` or a `draft` pass: everything flat in that one part."""
         flops, num_bytes = (Parts(**{part: one.flat, "scores": one.scores}) for one in (self.flops, self.bytes))
@@ -89,14 +95,20 @@ def seen(num_tokens: int, past: int, window: int = 0) -> int:
     return num_tokens + (min(past, window - 1) if window else past)
 
 
+@cache
+def _kinds(windows: tuple[int, ...], num_layers: int) -> tuple[tuple[int, int], ...]:
+    """Each window with the number of layers that have it: there are two at most, and this runs at every token."""
+    return tuple(Counter(windows or (0,) * num_layers).items())
+
+
 def attention_cost(geometry: Geometry, num_tokens: int, past: int, itemsize: int) -> Cost:
     """All layers' attention for one row of `num_tokens` new tokens after `past` cached ones; weights are not billed.
 
     The weights are read once a pass, not once a row: see `attention_weight_bytes`.
     """
-    windows = geometry.windows or (0,) * geometry.num_layers
-    pairs = sum(attended(num_tokens, past, window) for window in windows)
-    read = sum(seen(num_tokens, past, window) for window in windows)
+    kinds = _kinds(geometry.windows, geometry.num_layers)
+    pairs = sum(number * attended(num_tokens, past, window) for window, number in kinds)
+    read = sum(number * seen(num_tokens, past, window) for window, number in kinds)
     written = geometry.num_layers * num_tokens
     return Cost(
         flops=Parts(
@@ -150,9 +162,8 @@ def dense_cost(
         itemsize: bytes of one weight and of one cached number.
         num_rows: B.
     """
-    row = attention_cost(geometry, num_tokens, past, itemsize)
     cost = attention_weight_bytes(geometry, itemsize)
-    cost += Cost(flops=row.flops.times(num_rows), bytes=row.bytes.times(num_rows))
+    cost += attention_cost(geometry, num_tokens, past, itemsize).times(num_rows)
     cost += ffn_cost(geometry, num_tokens * num_rows, geometry.num_layers, itemsize)
     cost += embedding_cost(geometry, num_tokens * num_rows, itemsize)
     return cost + head_cost(geometry, num_logits * num_rows, itemsize) if num_logits else cost

@@ -53,7 +53,7 @@ def test_tables_and_figures(rheostat, dial_folder: Path, tiny_text: Path, tmp_pa
     assert [path.name for path in out.iterdir()] == ["bench.json"]
     assert "time to first token, batch 1" in done.out
     assert "time per output token, batch 1" in done.out
-    assert "a step for all rows, prompt 16" in done.out
+    assert "tokens/s against batch, prompt 16" in done.out
     assert "prompt 16, batch 2: done" in done.err
 
 
@@ -66,7 +66,7 @@ def test_memory_of_each_side_and_a_dense_model(rheostat, tiny_model_folder: Path
     for row in done.figures["memory"]:
         assert row["peak_bytes"] >= row["loaded_bytes"] > 50e6
     assert "memory, prompt 16, batch 1" in done.out
-    assert "a step for all rows" not in done.out
+    assert "against batch" not in done.out
 
 
 def test_the_default_dial_goes_as_far_as_it_reaches(rheostat, tiny_model_folder: Path):
@@ -95,7 +95,7 @@ def test_llama_joins_in_where_it_is_installed(rheostat, tiny_model_folder: Path,
     small = (*SMALL, "--no-memory", "--stock", "float32", "--json")
     monkeypatch.setattr(llama, "is_installed", lambda: False)
     notes = rheostat("bench", tiny_model_folder, *small).figures["notes"]
-    assert notes == ["llama.cpp: not measured, it is not installed (pip install llama-cpp-python)"]
+    assert notes == ["llama.cpp: not measured, it is not installed (pip install 'rheostat[llama]')"]
     monkeypatch.setattr(llama, "is_installed", lambda: True)
     notes = rheostat("bench", tiny_model_folder, *small).figures["notes"]
     assert notes == ["llama.cpp: not measured, no GGUF file of this model is known (--gguf names one)"]
@@ -130,7 +130,7 @@ def test_a_gguf_file_that_cannot_be_used(refused, tiny_model_folder: Path, monke
     from rheostat.bench import llama
 
     monkeypatch.setattr(llama, "is_installed", lambda: False)
-    assert "pip install llama-cpp-python" in refused("bench", tiny_model_folder, *SMALL, "--gguf", "m.gguf")
+    assert "pip install 'rheostat[llama]'" in refused("bench", tiny_model_folder, *SMALL, "--gguf", "m.gguf")
     monkeypatch.setattr(llama, "is_installed", lambda: True)
     assert "gguf='m.gguf': must be a file" in refused("bench", tiny_model_folder, *SMALL, "--gguf", "m.gguf")
 

@@ -179,8 +179,8 @@ def _specs(config: Config, loaded: Loaded, model: str, computes: Sequence[float]
         return specs
     if not llama.is_installed():
         if config.gguf is not None:
-            raise bad_setting("gguf", config.gguf, "left out, unless llama.cpp is there: pip install llama-cpp-python")
-        notes.append("llama.cpp: not measured, it is not installed (pip install llama-cpp-python)")
+            raise bad_setting("gguf", config.gguf, "left out, or llama.cpp installed: pip install 'rheostat[llama]'")
+        notes.append("llama.cpp: not measured, it is not installed (pip install 'rheostat[llama]')")
         return specs
     file = Path(config.gguf) if config.gguf else llama.find_gguf(model, loaded.adapted.report.get("base_digest"))
     if file is None:
@@ -245,7 +245,7 @@ def _show(figures: dict[str, Any]) -> None:
         out.print(tables.phase_table(by_prompt, "token", f"time per output token, batch {first_batch}", "prompt"))
         out.print()
         if len({row["batch"] for row in by_batch}) > 1:
-            out.print(tables.phase_table(by_batch, "token", f"a step for all rows, prompt {first_prompt}", "batch"))
+            out.print(tables.phase_table(by_batch, "token", f"tokens/s against batch, prompt {first_prompt}", "batch"))
             out.print()
     if figures.get("memory"):
         out.print(tables.memory_table(figures["memory"]))
