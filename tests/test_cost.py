@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rheostat.cost import Cost, Parts, attended, attention_cost, dense_cost, ffn_cost, head_cost
+from rheostat.cost import (
+    Cost,
+    Parts,
+    attended,
+    attention_cost,
+    decode_cost,
+    dense_cost,
+    ffn_cost,
+    head_cost,
+    router_cost,
+    seen,
+)
 from rheostat.geometry import Geometry
 from tests.tiny import SMOLLM2
 
@@ -37,7 +48,7 @@ def test_smollm2_has_the_flops_of_its_weights():
     assert SMOLLM2.token_flops == 2 * weights
     cost = dense_cost(SMOLLM2, num_tokens=1, past=0, num_logits=1, itemsize=2)
     assert cost.flops.flat == 2 * weights
-    assert cost.bytes.flat == 2 * weights
+    assert cost.bytes.flat == 2 * weights + 2 * 576  # and one row of the embedding matrix
     assert cost.flops.scores == 30 * 4 * 9 * 64
     assert cost.flops.ffn / cost.flops.flat == pytest.approx(0.592, abs=1e-3)
 
@@ -57,6 +68,7 @@ def test_dense_cost_by_part():
         scores=cache * (17 + 10),  # all are read, the new ones written
         ffn=30 * 3 * 576 * 1536 * 4,
         head=576 * 49152 * 4,
+        embeddings=10 * 576 * 4,
     )
 
 
@@ -64,7 +76,8 @@ def test_windows_bound_what_attention_reads():
     cost = attention_cost(SMALL, 6, 3, itemsize=2)
     pairs = attended(6, 3) + attended(6, 3, 4) + attended(6, 3, 2)
     assert cost.flops.scores == 4 * 2 * 4 * pairs
-    assert cost.bytes.scores == (9 + 4 + 2 + 3 * 6) * (2 * 1 * 4) * 2
+    # Layers read the keys that any of the six sees: all nine, three old ones, one old one; and write six each.
+    assert cost.bytes.scores == (9 + (3 + 6) + (1 + 6) + 3 * 6) * (2 * 1 * 4) * 2
     assert cost.bytes.attention == 0
 
 
@@ -86,5 +99,42 @@ def test_costs_add_and_become_plain_types():
     assert two.flops.total == 18
     assert two.flops.flat == 16
     assert two.to_dict()["bytes"] == {
-        "attention": 0, "scores": 0, "ffn": 0, "router": 0, "head": 4, "auxiliary": 0, "draft": 0,
+        "attention": 0, "scores": 0, "ffn": 0, "router": 0, "head": 4, "embeddings": 0, "auxiliary": 0, "draft": 0,
     }  # fmt: skip
+
+
+@given(num_tokens=st.integers(0, 12), past=st.integers(0, 12), window=st.integers(0, 15))
+def test_seen_keys_are_those_of_the_union(num_tokens, past, window):
+    queries = range(past, past + num_tokens)
+    wanted = {key for query in queries for key in range(query + 1) if not window or query - key < window}
+    assert seen(num_tokens, past, window) == len(wanted)
+
+
+def test_rows_share_the_weights_and_nothing_else():
+    one = dense_cost(SMALL, num_tokens=3, past=2, num_logits=1, itemsize=2)
+    four = dense_cost(SMALL, num_tokens=3, past=2, num_logits=1, itemsize=2, num_rows=4)
+    assert four.flops == one.flops.times(4)
+    for part in ("attention", "ffn", "head"):
+        assert getattr(four.bytes, part) == getattr(one.bytes, part) > 0
+    for part in ("scores", "embeddings"):
+        assert getattr(four.bytes, part) == 4 * getattr(one.bytes, part) > 0
+
+
+def test_decoding_is_pass_after_pass():
+    whole = decode_cost(SMALL, num_steps=3, past=5, itemsize=2, num_rows=2)
+    steps = [dense_cost(SMALL, num_tokens=1, past=past, num_logits=1, itemsize=2, num_rows=2) for past in (5, 6, 7)]
+    assert whole == steps[0] + steps[1] + steps[2]
+    assert decode_cost(SMALL, num_steps=0, past=5, itemsize=2) == Cost()
+
+
+def test_a_side_pass_goes_to_one_part_and_keeps_its_scores():
+    cost = dense_cost(SMALL, num_tokens=3, past=2, num_logits=1, itemsize=2)
+    for part in ("auxiliary", "draft"):
+        side = cost.charged_to(part)
+        assert side.flops == Parts(**{part: cost.flops.flat, "scores": cost.flops.scores})
+        assert side.bytes == Parts(**{part: cost.bytes.flat, "scores": cost.bytes.scores})
+        assert (side.flops.flat, side.bytes.total) == (cost.flops.flat, cost.bytes.total)
+
+
+def test_routers():
+    assert router_cost(50, 3, 2) == Cost(flops=Parts(router=300), bytes=Parts(router=100))

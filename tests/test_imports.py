@@ -35,7 +35,7 @@ LAYERS = (
     ("train.*",),
     ("adaptation",),
     ("report", "terminal"),
-    ("eval.*",),
+    ("bench.*", "eval.*"),
     ("commands.*",),
     ("cli",),
     ("__main__",),

@@ -1,4 +1,4 @@
-"""The meter's own sums; that the model fills it rightly is shown in the contract."""
+"""The meter's own sums; that the model fills it rightly is shown in `tests/test_counted.py` and in the contract."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rheostat.cost import Cost, Parts
+from rheostat.errors import SettingError
 from rheostat.meter import Meter
 
 
@@ -63,6 +64,29 @@ def test_compute_is_the_share_of_the_flat_flops():
     assert meter.compute == pytest.approx(16 / 30)
     assert meter.compute_with_context == pytest.approx(56 / 70)
     assert meter.ffn_fraction == pytest.approx(5 / 20)
+
+
+def test_side_work_is_charged_to_its_part_and_dense_would_not_have_done_it():
+    meter = filled()
+    before = (meter.tokens, meter.token_fractions(0), meter.layer_fractions())
+    with meter.charging("draft"):
+        meter.open_pass("decode", torch.ones(2, 3, dtype=torch.bool), num_layers=1, ffn_size=10)
+        meter.widths(torch.full((2, 3), 7))
+        meter.experts(0, torch.tensor([6, 0]), torch.tensor([5, 10]))
+        meter.bill(Cost(flops=Parts(attention=10, scores=40), bytes=Parts(embeddings=3, scores=5)))
+        meter.add("router", 1, 2, 0, 0)
+    assert meter.cost == Cost(flops=Parts(draft=11, scores=40), bytes=Parts(draft=5, scores=5))
+    assert meter.dense == Cost()
+    assert meter.num_side_tokens == {"auxiliary": 0, "draft": 6}
+    assert before == (meter.tokens, meter.token_fractions(0), meter.layer_fractions())
+    meter.add("ffn", 1, 1, 1, 1)
+    assert meter.cost.flops.ffn == meter.dense.flops.ffn == 1
+
+
+def test_only_side_parts_take_whole_passes():
+    refused = pytest.raises(SettingError, match="part='head': must be one of auxiliary, draft")
+    with refused, Meter().charging("head"):
+        pass
 
 
 def test_widths_outside_a_pass_are_not_kept():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from rheostat import families
-from rheostat.cost import attention_cost, attention_weight_bytes, ffn_cost, head_cost
+from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
 from rheostat.dial import Dial
 from rheostat.geometry import Geometry
 from rheostat.methods.base import MeteredFFN, Method
@@ -52,6 +54,9 @@ class Adapted(nn.Module):
         """How this model was made: filled by `adapt`, saved with the artifact."""
         plain = sum(not isinstance(layer.mlp, MeteredFFN) for layer in families.layers(model))
         self._num_plain_ffns = plain
+        self._read: WeakKeyDictionary[Any, tuple[int, list[int]]] = WeakKeyDictionary()
+        """Cache -> its length after the newest pass, and how many of each row's tokens are not padding: what the
+        masks of caches of a fixed size do not tell."""
         decoder, head = families.decoder(model), families.head(model)
         self._handles = [
             decoder.register_forward_pre_hook(self._open_pass, with_kwargs=True),
@@ -105,9 +110,7 @@ class Adapted(nn.Module):
     # -- hooks
 
     def _open_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = kwargs.get("input_ids")
-        tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")
-        tokens = tokens if tokens is not None else args[0]
+        tokens = _new_tokens(args, kwargs)
         num_rows, num_tokens = tokens.shape[:2]
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -140,13 +143,29 @@ class Adapted(nn.Module):
             return
         itemsize = self.dtype.itemsize
         news = one.valid.sum(1).tolist()
-        pasts = [one.past] * len(news) if one.mask is None else one.mask[:, : one.past].sum(1).tolist()
+        pasts = self._pasts(one, kwargs.get("past_key_values"), news)
         cost = attention_weight_bytes(self.geometry, itemsize)
-        for new, past in zip(news, pasts, strict=True):
-            cost += attention_cost(self.geometry, int(new), int(past), itemsize)
+        for (new, past), number in Counter(zip(news, pasts, strict=True)).items():
+            cost += attention_cost(self.geometry, new, past, itemsize).times(number)
         if self._num_plain_ffns:
-            cost += ffn_cost(self.geometry, int(sum(news)), self._num_plain_ffns, itemsize)
+            cost += ffn_cost(self.geometry, sum(news), self._num_plain_ffns, itemsize)
+        if _new_tokens(args, kwargs).dim() == 2:  # else embeddings were given, and nothing was looked up
+            cost += embedding_cost(self.geometry, sum(news), itemsize)
         spending.meter.bill(cost)
+
+    def _pasts(self, one: Pass, cache: Any, news: list[int]) -> list[int]:
+        """How many tokens of each row, padding left out, came before this pass's `news`."""
+        pasts = [one.past] * len(news)
+        if one.mask is not None:
+            pasts = one.mask[:, : one.past].sum(1).tolist()
+        elif one.past:
+            length, before = self._read.get(cache, (0, []))
+            if length == one.past and len(before) == len(news):  # else it was cut or re-ordered since
+                pasts = before
+        if cache is not None:
+            after = [past + new for past, new in zip(pasts, news, strict=True)]
+            self._read[cache] = (one.past + one.valid.shape[1], after)
+        return pasts
 
     def _bill_head(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
         one, spending = current_pass(), current_spending()
@@ -156,6 +175,14 @@ class Adapted(nn.Module):
         if output.shape[:-1] == one.valid.shape:
             num_logits = int(one.valid.sum())
         spending.meter.bill(head_cost(self.geometry, num_logits, self.dtype.itemsize))
+
+
+def _new_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """Of one pass: token ids [B, T], or embeddings [B, T, D] where those were given."""
+    for name in ("input_ids", "inputs_embeds"):
+        if (tokens := kwargs.get(name)) is not None:
+            return tokens
+    return args[0]
 
 
 def _plain_mask(mask: Any, num_rows: int, num_tokens: int, past: int) -> torch.Tensor | None:

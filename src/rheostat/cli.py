@@ -20,6 +20,7 @@ VERBS = {
     "adapt": ("rheostat.commands.adapt", "turn a dense model into one with a dial"),
     "generate": ("rheostat.commands.generate", "write an answer at a chosen compute, and show what it cost"),
     "eval": ("rheostat.commands.eval", "measure quality against compute"),
+    "bench": ("rheostat.commands.bench", "measure time and memory, against stock and against the machine"),
     "export": ("rheostat.commands.export", "freeze the dial into a plain checkpoint"),
     "info": ("rheostat.commands.info", "show a model's sizes, methods, dial and origin"),
 }

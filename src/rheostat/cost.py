@@ -1,13 +1,20 @@
 """What a forward pass costs, by part, in exact integers. Computed from the geometry, never from weights.
 
-Conventions: a product with a weight is two FLOPs; norms, activations, softmax and look-ups are not counted.
-`scores` are the two products of attention that grow with the context (queries with keys, weights with values);
-everything else costs the same for every token.
+Conventions. FLOPs: a product with a weight is two; norms, biases, activations, softmax, rotary tables and look-ups
+are not counted. Bytes are those that have to cross the memory bus: each weight once a pass, however many tokens
+share it; of the embedding matrix the rows looked up; of the cache what the new tokens see, read once, and their own
+keys and values, written once. Activations, norms and biases, which are few or stay in the processor's own memory,
+are not counted.
+`scores` are the two products of attention that grow with the context (queries with keys, weights with values) and
+the traffic of the cache; everything else costs the same for every token. Causal attention is billed for the pairs
+that count: a kernel that computes the whole square, as eager attention does, runs more than is billed.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 
 from rheostat.geometry import Geometry
 
@@ -23,11 +30,19 @@ class Parts:
     ffn: int = 0
     router: int = 0
     head: int = 0
+    embeddings: int = 0
+    """Rows of the embedding matrix looked up: bytes only."""
     auxiliary: int = 0
+    """Passes that prepare the cache in the model's stead; their attention over the context is in `scores`."""
     draft: int = 0
+    """Passes that guess tokens for the model to check; their attention over the context is in `scores`."""
 
     def __add__(self, other: Parts) -> Parts:
         return Parts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def times(self, number: int) -> Parts:
+        """Every part `number` times."""
+        return Parts(**{f.name: getattr(self, f.name) * number for f in fields(self)})
 
     @property
     def total(self) -> int:
@@ -50,6 +65,15 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(flops=self.flops + other.flops, bytes=self.bytes + other.bytes)
 
+    def times(self, number: int) -> Cost:
+        """The cost `number` times."""
+        return Cost(flops=self.flops.times(number), bytes=self.bytes.times(number))
+
+    def charged_to(self, part: str) -> Cost:
+        """The same cost as that of an `auxiliary` or a `draft` pass: everything flat in that one part."""
+        flops, num_bytes = (Parts(**{part: one.flat, "scores": one.scores}) for one in (self.flops, self.bytes))
+        return Cost(flops=flops, bytes=num_bytes)
+
     def to_dict(self) -> dict[str, dict[str, int]]:
         """Plain types, for JSON."""
         return asdict(self)
@@ -64,14 +88,27 @@ def attended(num_tokens: int, past: int, window: int = 0) -> int:
     return (2 * past + 1 + growing) * growing // 2 + (num_tokens - growing) * window
 
 
+def seen(num_tokens: int, past: int, window: int = 0) -> int:
+    """How many keys at least one of `num_tokens` new tokens attends to, after `past` cached ones."""
+    if not num_tokens:
+        return 0
+    return num_tokens + (min(past, window - 1) if window else past)
+
+
+@cache
+def _kinds(windows: tuple[int, ...], num_layers: int) -> tuple[tuple[int, int], ...]:
+    """Each window with the number of layers that have it: there are two at most, and this runs at every token."""
+    return tuple(Counter(windows or (0,) * num_layers).items())
+
+
 def attention_cost(geometry: Geometry, num_tokens: int, past: int, itemsize: int) -> Cost:
     """All layers' attention for one row of `num_tokens` new tokens after `past` cached ones; weights are not billed.
 
     The weights are read once a pass, not once a row: see `attention_weight_bytes`.
     """
-    windows = geometry.windows or (0,) * geometry.num_layers
-    pairs = sum(attended(num_tokens, past, window) for window in windows)
-    read = sum(min(past + num_tokens, window) if window else past + num_tokens for window in windows)
+    kinds = _kinds(geometry.windows, geometry.num_layers)
+    pairs = sum(number * attended(num_tokens, past, window) for window, number in kinds)
+    read = sum(number * seen(num_tokens, past, window) for window, number in kinds)
     written = geometry.num_layers * num_tokens
     return Cost(
         flops=Parts(
@@ -93,6 +130,11 @@ def ffn_cost(geometry: Geometry, num_tokens: int, num_layers: int, itemsize: int
     return Cost(flops=Parts(ffn=2 * weights * num_tokens), bytes=Parts(ffn=weights * itemsize))
 
 
+def router_cost(num_weights: int, num_tokens: int, itemsize: int) -> Cost:
+    """Routers of `num_weights` weights in all on `num_tokens` tokens in one pass."""
+    return Cost(flops=Parts(router=2 * num_weights * num_tokens), bytes=Parts(router=num_weights * itemsize))
+
+
 def head_cost(geometry: Geometry, num_tokens: int, itemsize: int) -> Cost:
     """The output head on `num_tokens` positions in one pass."""
     return Cost(
@@ -101,16 +143,38 @@ def head_cost(geometry: Geometry, num_tokens: int, itemsize: int) -> Cost:
     )
 
 
-def dense_cost(geometry: Geometry, *, num_tokens: int, past: int, num_logits: int, itemsize: int) -> Cost:
-    """One forward pass of the dense model over one row.
+def embedding_cost(geometry: Geometry, num_tokens: int, itemsize: int) -> Cost:
+    """Looking up the rows of `num_tokens` tokens."""
+    return Cost(bytes=Parts(embeddings=geometry.hidden_size * num_tokens * itemsize))
+
+
+def dense_cost(
+    geometry: Geometry, *, num_tokens: int, past: int, num_logits: int, itemsize: int, num_rows: int = 1
+) -> Cost:
+    """One forward pass of the dense model over `num_rows` rows alike.
 
     Args:
         geometry: the model.
-        num_tokens: T, new tokens.
-        past: S, tokens already in the cache.
-        num_logits: positions for which the head is computed.
+        num_tokens: T, new tokens of a row.
+        past: S, tokens already in the cache, of a row.
+        num_logits: positions of a row for which the head is computed. A prompt that is read to be continued needs 1;
+            text that is scored needs all.
         itemsize: bytes of one weight and of one cached number.
+        num_rows: B.
     """
-    cost = attention_cost(geometry, num_tokens, past, itemsize) + attention_weight_bytes(geometry, itemsize)
-    cost += ffn_cost(geometry, num_tokens, geometry.num_layers, itemsize)
-    return cost + head_cost(geometry, num_logits, itemsize) if num_logits else cost
+    cost = attention_weight_bytes(geometry, itemsize)
+    cost += attention_cost(geometry, num_tokens, past, itemsize).times(num_rows)
+    cost += ffn_cost(geometry, num_tokens * num_rows, geometry.num_layers, itemsize)
+    cost += embedding_cost(geometry, num_tokens * num_rows, itemsize)
+    return cost + head_cost(geometry, num_logits * num_rows, itemsize) if num_logits else cost
+
+
+def decode_cost(geometry: Geometry, *, num_steps: int, past: int, itemsize: int, num_rows: int = 1) -> Cost:
+    """`num_steps` passes of one token a row, the first with `past` tokens of a row in the cache.
+
+    To write N tokens after a prompt takes N - 1 of them: the prompt's own pass gives the first token.
+    """
+    cost = Cost()
+    for step in range(num_steps):
+        cost += dense_cost(geometry, num_tokens=1, past=past + step, num_logits=1, itemsize=itemsize, num_rows=num_rows)
+    return cost

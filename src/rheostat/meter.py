@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
 import torch
 
 from rheostat.cost import Cost, Parts
+from rheostat.errors import bad_setting
+
+SIDE_PARTS = ("auxiliary", "draft")
+"""Parts that whole passes are charged to."""
 
 PARTS = tuple(one.name for one in fields(Parts))
 
@@ -33,13 +39,20 @@ class PassRecord:
 class Meter:
     """Counts tokens, costs and expert widths. Made by `rheostat.spend`; read it during or after the block.
 
-    Padding is neither counted as a token nor billed.
+    Padding is neither counted as a token nor billed. On a plain model the meter equals `cost.dense_cost` to the last
+    byte, pass by pass. What may differ from a method's own `cost`, which knows the dial and not the text:
+
+    - a method that decides token by token spends what the tokens asked for; its `cost` is the mean that was calibrated;
+    - in a pass of several tokens a width that only one of them took is read for all;
+    - `cost` knows rows alike; the meter bills each row for its own tokens and leaves padding out.
     """
 
     num_layers: int = 0
     ffn_size: int = 0
     num_prefill_tokens: int = 0
     num_decode_tokens: int = 0
+    num_side_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SIDE_PARTS, 0))
+    """Tokens of auxiliary and draft passes, which are not among the others."""
     expert_counts: dict[int, torch.Tensor] = field(default_factory=dict)
     """Layer -> [E] int64, how many tokens took each expert."""
     passes: list[PassRecord] = field(default_factory=list)
@@ -103,15 +116,35 @@ class Meter:
             out.append(float((counts * sizes).sum() / (counts.sum() * self.ffn_size)) if counts.sum() else 1.0)
         return out
 
+    _charged: str | None = field(default=None, repr=False)
     _sizes: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     _spent: dict[str, list[int]] = field(default_factory=lambda: {part: [0, 0] for part in PARTS}, repr=False)
     _dense: dict[str, list[int]] = field(default_factory=lambda: {part: [0, 0] for part in PARTS}, repr=False)
     """Part -> FLOPs and bytes so far: plain lists, because every layer of every pass adds to them."""
 
-    # What the model calls while it runs.
+    # What the model and the methods call while they run.
+
+    @contextmanager
+    def charging(self, part: str) -> Iterator[None]:
+        """Forward passes inside the block are work that the dense model would not have done: their flat cost goes to
+        `auxiliary` or `draft`, and their tokens and widths are not among the model's own.
+
+        Raises:
+            SettingError: for another part.
+        """
+        if part not in SIDE_PARTS:
+            raise bad_setting("part", part, f"one of {', '.join(SIDE_PARTS)}")
+        before, self._charged = self._charged, part
+        try:
+            yield
+        finally:
+            self._charged = before
 
     def open_pass(self, phase: str, valid: torch.Tensor, num_layers: int, ffn_size: int) -> None:
         """A forward pass begins on the tokens marked in `valid` [B, T]."""
+        if self._charged is not None:
+            self.num_side_tokens[self._charged] += int(valid.sum())
+            return
         self.num_layers, self.ffn_size = num_layers, ffn_size
         record = PassRecord(phase, valid, torch.zeros(valid.shape, dtype=torch.int64, device=valid.device))
         self.passes = [*self.passes, record] if self.keep_passes else [record]
@@ -123,6 +156,9 @@ class Meter:
 
     def add(self, part: str, flops: int, num_bytes: int, dense_flops: int, dense_bytes: int) -> None:
         """Add to one part what was spent, and what the dense model would have spent in its place."""
+        if self._charged is not None:
+            part = part if part == "scores" else self._charged
+            dense_flops = dense_bytes = 0
         for sums, f, b in ((self._spent[part], flops, num_bytes), (self._dense[part], dense_flops, dense_bytes)):
             sums[0] += f
             sums[1] += b
@@ -136,11 +172,13 @@ class Meter:
 
     def widths(self, channels: torch.Tensor | int) -> None:
         """FFN channels [B, T] that one layer (or all unrouted layers together) computed for each token of this pass."""
-        if self.passes:
+        if self.passes and self._charged is None:
             self.passes[-1].ffn_channels += channels
 
     def experts(self, layer: int, counts: torch.Tensor, sizes: torch.Tensor) -> None:
         """How many tokens [E] of this pass took each expert of `layer`, and the experts' widths [E] in channels."""
+        if self._charged is not None:
+            return
         old = self.expert_counts.get(layer)
         self.expert_counts[layer] = counts if old is None else old + counts
         self._sizes[layer] = sizes

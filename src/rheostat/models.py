@@ -98,7 +98,7 @@ def load(
         SettingError: the source cannot be found or read, or is not a causal LM; the dtype or the device is
             not one of those there are.
     """
-    dtype, device = _check_dtype(dtype), _check_device(device)
+    dtype, device = check_dtype(dtype), check_device(device)
     name = os.fspath(source)
     if name in BUNDLED:
         return _load_checkpoint(str(convert_gguf(_bundled_file(name))), name, dtype, device)
@@ -162,18 +162,40 @@ def convert_gguf(path: Path) -> Path:
     return folder
 
 
-def _check_dtype(dtype: torch.dtype | str) -> torch.dtype:
+def check_dtype(dtype: torch.dtype | str, name: str = "dtype") -> torch.dtype:
+    """The dtype that the setting `name` asks for.
+
+    Raises:
+        SettingError: there is no such dtype.
+    """
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in DTYPES.values():
-        raise bad_setting("dtype", str(dtype), f"one of {', '.join(DTYPES)}")
+        raise bad_setting(name, str(dtype), f"one of {', '.join(DTYPES)}")
     return found
 
 
-def _check_device(device: str | torch.device) -> torch.device:
+def check_device(device: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        SettingError: this machine has none.
+    """
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # the latter from builds without that device
         raise bad_setting("device", str(device), f"a device of this machine: {_one_line(error)}") from error
+
+
+def gguf_file(source: str) -> Path | None:
+    """The GGUF file that MODEL is read from: a bundled model's, or the one that `source` names; None for a checkpoint.
+
+    Raises:
+        SettingError: the bundled model is not installed.
+    """
+    if source in BUNDLED:
+        return _bundled_file(source)
+    path = Path(source).expanduser()
+    return path if os.path.isfile(path) else None
 
 
 def _bundled_file(name: str) -> Path:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rheostat import families
-from rheostat.cost import Cost, Parts, dense_cost
+from rheostat.cost import Cost, Parts, dense_cost, router_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
 from rheostat.methods.base import Method, Progress, no_progress
@@ -207,10 +207,8 @@ class DynaMoE(Method):
         saved_weights = round((1 - compute) * geometry.token_flops / 2) + router
         channels = max(geometry.num_layers * smallest, all_channels - saved_weights // geometry.channel_weights)
         ffn = geometry.channel_weights * (channels - all_channels)
-        return dense + Cost(
-            flops=Parts(ffn=2 * ffn * num_tokens, router=2 * router * num_tokens),
-            bytes=Parts(ffn=ffn * itemsize if num_tokens == 1 else 0, router=router * itemsize),
-        )
+        less = Cost(flops=Parts(ffn=2 * ffn * num_tokens), bytes=Parts(ffn=ffn * itemsize if num_tokens == 1 else 0))
+        return dense + less + router_cost(router, num_tokens, itemsize)
 
     def baselines(
         self, model: PreTrainedModel, expert_counts: Mapping[int, torch.Tensor], seed: int

@@ -1,0 +1,1 @@
+"""Time and memory on this machine, against what the machine can do."""
