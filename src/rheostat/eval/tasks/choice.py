@@ -98,7 +98,7 @@ def _mmlu(row: Row) -> Row:
     return {"subject": subject, "question": row["question"].strip(), "choices": row["choices"], "answer": row["answer"]}
 
 
-ARC = {
+ARC: dict[str, Any] = {
     "doc_to_text": "Question: {{question}}\nAnswer:",
     "doc_to_target": "gold",
     "doc_to_choice": "texts",
