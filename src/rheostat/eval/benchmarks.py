@@ -86,7 +86,7 @@ def evaluate_tasks(
     seed: int = 0,
     batch_tokens: int | None = None,
     max_length: int | None = None,
-    runs_code: bool = False,
+    run_code: bool = False,
     ranks: Ranks | None = None,
     progress: Progress = no_progress,
 ) -> list[TaskRun]:
@@ -99,7 +99,7 @@ def evaluate_tasks(
         seed: of examples put before the questions, and of answers that are drawn.
         batch_tokens: padded tokens read together; left out, a default that suits a CPU.
         max_length: tokens of context and answer together; left out, what the model reads.
-        runs_code: allow tasks that run programs which the model wrote.
+        run_code: allow tasks that run programs which the model wrote.
         ranks: the processes of `accelerate launch` (`rheostat.eval.ranks.join()`); each gets all results.
 
     Raises:
@@ -111,7 +111,7 @@ def evaluate_tasks(
         adapted.dial.native(compute)
     with _hushed():
         found = find_tasks(tasks, None if folder is None else Path(folder))
-        _check_code(found, runs_code)
+        _check_code(found, run_code)
         from rheostat.eval import harness
 
         lm = harness.RheostatLM(
@@ -146,10 +146,10 @@ class _Answers:
     num_rows: int
 
 
-def _check_code(tasks: Mapping[str, Task], runs_code: bool) -> None:
+def _check_code(tasks: Mapping[str, Task], run_code: bool) -> None:
     for name, task in tasks.items():
-        if getattr(task, "UNSAFE_CODE", False) and not runs_code:  # set on such tasks only
-            raise SettingError(f"tasks={name!r}: runs programs that the model writes; allow that with --runs-code")
+        if getattr(task, "UNSAFE_CODE", False) and not run_code:  # set on such tasks only
+            raise SettingError(f"tasks={name!r}: runs programs that the model writes; allow that with --run-code")
 
 
 def _ask(lm: RheostatLM, name: str, task: Task, compute: float, limit: int | None, seed: int) -> _Answers:
