@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from rheostat.adapted import Adapted
 from rheostat.errors import SettingError, bad_setting
+from rheostat.eval.harness import BATCH_TOKENS, Account, DialLM, make_lm
 from rheostat.eval.paired import difference_error, score_error
 from rheostat.eval.ranks import Ranks
 from rheostat.eval.tasks.find import find_tasks
+from rheostat.eval.tasks.local import require_lm_eval
 from rheostat.methods.base import Progress, no_progress
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from transformers import PreTrainedTokenizerBase
-
-    from rheostat.eval.harness import Account, RheostatLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def evaluate_tasks(
     folder: Path | str | None = None,
     limit: int | None = None,
     seed: int = 0,
-    batch_tokens: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
     max_length: int | None = None,
     run_code: bool = False,
     ranks: Ranks | None = None,
@@ -97,7 +97,7 @@ def evaluate_tasks(
         folder: the data folder that our tasks read.
         limit: the first rows of each task only.
         seed: of examples put before the questions, and of answers that are drawn.
-        batch_tokens: padded tokens read together; left out, a default that suits a CPU.
+        batch_tokens: padded tokens read together.
         max_length: tokens of context and answer together; left out, what the model reads.
         run_code: allow tasks that run programs which the model wrote.
         ranks: the processes of `accelerate launch` (`rheostat.eval.ranks.join()`); each gets all results.
@@ -112,12 +112,10 @@ def evaluate_tasks(
     with _hushed():
         found = find_tasks(tasks, None if folder is None else Path(folder))
         _check_code(found, run_code)
-        from rheostat.eval import harness
-
-        lm = harness.RheostatLM(
+        lm = make_lm(
             adapted,
             tokenizer,
-            batch_tokens=harness.BATCH_TOKENS if batch_tokens is None else batch_tokens,
+            batch_tokens=batch_tokens,
             max_length=max_length,
             seed=seed,
             ranks=ranks,
@@ -152,7 +150,7 @@ def _check_code(tasks: Mapping[str, Task], run_code: bool) -> None:
             raise SettingError(f"tasks={name!r}: runs programs that the model writes; allow that with --run-code")
 
 
-def _ask(lm: RheostatLM, name: str, task: Task, compute: float, limit: int | None, seed: int) -> _Answers:
+def _ask(lm: DialLM, name: str, task: Task, compute: float, limit: int | None, seed: int) -> _Answers:
     from lm_eval.evaluator import evaluate
 
     if task.config.num_fewshot is None:
@@ -219,8 +217,6 @@ def _metric(task: Task, key: str, answers: _Answers, dense: _Answers) -> Metric:
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
     """Keep lm-eval's advice and bars off the terminal: they speak of its own flags and loops."""
-    from rheostat.eval.tasks.local import require_lm_eval
-
     require_lm_eval()
     from lm_eval.api import task as seam
 

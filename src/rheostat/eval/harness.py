@@ -9,20 +9,12 @@ lm-eval asks for three things, and each is answered in the way that shows what t
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-    resolve_max_length,
-)
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from rheostat.adapted import Adapted
 from rheostat.errors import bad_setting
@@ -30,13 +22,17 @@ from rheostat.eval.answers import answer
 from rheostat.eval.batches import Batch, Request, can_choose_rows, in_rows, plan, truncated
 from rheostat.eval.ranks import Ranks
 from rheostat.eval.scoring import Score, score, score_forward, scores_by_step
+from rheostat.eval.tasks.local import require_lm_eval
 from rheostat.meter import PARTS, Meter
 from rheostat.sampling import Sampling
 from rheostat.spending import spend
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
     from transformers import PreTrainedTokenizerBase
+else:  # lm-eval is optional and slow to import, so its base class is mixed in by `make_lm`
+    TemplateLM = object
 
 BATCH_TOKENS = 2048
 """Padded tokens read together. Larger batches gain little on a CPU; a GPU may take more."""
@@ -52,7 +48,7 @@ SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p")
 
 @dataclass
 class Account:
-    """What the requests since `RheostatLM.open` took, over all processes once `close` has been called."""
+    """What the requests since `DialLM.open` took, over all processes once `close` has been called."""
 
     compute: float
     meter: Meter = field(default_factory=lambda: Meter(keep_passes=False))
@@ -63,11 +59,10 @@ class Account:
     """Requests whose context was cut on the left, because the model cannot read it whole."""
     num_unended: int = 0
     """Answers that the limit of tokens ended."""
-    started: float = field(default_factory=time.perf_counter)
 
 
-class RheostatLM(TemplateLM):
-    """The adapter. `open(compute)` sets the dial for the requests that follow."""
+class DialLM(TemplateLM):
+    """The adapter; `make_lm` makes one. `open(compute)` sets the dial for the requests that follow."""
 
     def __init__(
         self,
@@ -92,6 +87,8 @@ class RheostatLM(TemplateLM):
         Raises:
             SettingError: a setting is out of range, or the tokenizer is missing or has no end token.
         """
+        from lm_eval.models.utils import resolve_max_length
+
         super().__init__()
         if tokenizer is None:
             raise bad_setting("tokenizer", None, "the model's tokenizer: tasks are text")
@@ -118,17 +115,17 @@ class RheostatLM(TemplateLM):
 
     def close(self) -> Account:
         """The account, with what all processes spent."""
-        mine = self.account
-        meters = self.ranks.gather((mine.meter.cost, mine.meter.dense))
-        meter = Meter(keep_passes=False, started=mine.started)
-        for cost, dense in meters:
+        mine, self.account = self.account, Account(self.account.compute)
+        meter = mine.meter
+        spent = self.ranks.gather((meter.cost, meter.dense, meter.num_prefill_tokens, meter.num_decode_tokens))
+        total = Meter(keep_passes=False, started=meter.started)
+        for cost, dense, num_prefill_tokens, num_decode_tokens in spent:
             for part in PARTS:
                 counts = [getattr(getattr(one, unit), part) for one in (cost, dense) for unit in ("flops", "bytes")]
-                meter.add(part, *counts)
-        self.account = Account(mine.compute)
-        return Account(
-            mine.compute, meter, mine.modes, mine.num_requests, mine.num_truncated, mine.num_unended, mine.started
-        )
+                total.add(part, *counts)
+            total.num_prefill_tokens += num_prefill_tokens
+            total.num_decode_tokens += num_decode_tokens
+        return replace(mine, meter=total)
 
     # -- tokens, as lm-eval's own adapter for `transformers` counts them
 
@@ -188,6 +185,8 @@ class RheostatLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood of each text, in windows that each predict their own tokens."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
         windows: list[Request] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -244,6 +243,8 @@ class RheostatLM(TemplateLM):
 
     def _written(self, prompts: dict[int, str], settings: dict[str, Any]) -> dict[int, str]:
         """The answers to prompts that share one way of writing, by number."""
+        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
         options: dict[str, Any] = dict(normalize_gen_kwargs(settings, MAX_NEW_TOKENS))
         until = handle_stop_sequences(list(options.pop("until")), eos=self.tokenizer.decode(self.eot_token_id))
         limit = int(options.pop("max_gen_toks"))
@@ -304,6 +305,24 @@ class RheostatLM(TemplateLM):
                 done |= work(batch)
         self.progress(len(mine), len(mine))
         return {number: one for part in self.ranks.gather(done) for number, one in part.items()}
+
+
+def make_lm(adapted: Adapted, tokenizer: PreTrainedTokenizerBase, **options: Any) -> DialLM:
+    """An adapted model as a model of lm-eval; `options` are those of `DialLM`.
+
+    Raises:
+        SettingError: lm-eval is not installed, or a setting is out of range.
+    """
+    lm: DialLM = _lm_class()(adapted, tokenizer, **options)
+    return lm
+
+
+@functools.cache
+def _lm_class() -> Any:
+    require_lm_eval()
+    from lm_eval.api.model import TemplateLM
+
+    return type("RheostatLM", (DialLM, TemplateLM), {"__doc__": DialLM.__doc__})
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:
