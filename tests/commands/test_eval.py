@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rheostat.commands.eval import names
+from tests.eval.conftest import pack_rows
 
 SMALL = ("--windows", "4", "--length", "48")
 
@@ -96,3 +97,77 @@ def test_names_of_texts():
         "folder": "folder/",
     }
     assert list(names(["a/x.txt", "b/x.txt"])) == ["a/x.txt", "b/x.txt"]
+
+
+# -- tasks
+
+
+@pytest.fixture(scope="module")
+def task_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"text": f"He counted to {n}, and then he said: {n}"} for n in range(6)]
+    pack_rows(folder, "text/lambada_test.jsonl.gz", rows)
+    boolq = [{"passage": "A stone sinks.", "question": "does it sink", "label": "true"} for _ in range(4)]
+    pack_rows(folder, "mc/boolq_val.jsonl.gz", boolq)
+    pack_rows(folder, "mc/winogrande_dev.jsonl.gz", [])
+    return folder
+
+
+def test_tasks_alone(rheostat, dial_folder: Path, task_data: Path, tmp_path: Path):
+    common = ("eval", dial_folder, "--tasks", "boolq,lambada_openai", "--task-data", task_data)
+    done = rheostat(*common, "--compute", "1.0,0.9", "--limit", 3, "--out", tmp_path / "out", "--json")
+    assert done.status == 0, done.err
+    assert done.figures["texts"] == []
+    assert [(task["name"], task["rows"]) for task in done.figures["tasks"]] == [("boolq", 3), ("lambada_openai", 3)]
+    for task in done.figures["tasks"]:
+        dense, dial = task["runs"]
+        assert (dense["kind"], dense["asked"], dense["compute"]) == ("dense", 1.0, 1.0)
+        assert (dial["kind"], dial["asked"]) == ("dial", 0.9)
+        assert dial["compute"] < 1
+        assert dense["metrics"]["acc"]["difference"] == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == done.figures
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]  # no texts, so no picture
+    assert "boolq: 3 rows, prefill+score" in done.out
+    assert "boolq at 0.9: done" in done.err
+    again = rheostat(*common, "--compute", "1.0,0.9", "--limit", 3, "--json").figures
+    assert [[run["metrics"] for run in task["runs"]] for task in again["tasks"]] == [
+        [run["metrics"] for run in task["runs"]] for task in done.figures["tasks"]
+    ]
+
+
+def test_tasks_and_text(rheostat, tiny_model_folder: Path, task_data: Path, tiny_text: Path, tmp_path: Path):
+    flags = ("--tasks", "boolq", "--task-data", task_data, "--data", tiny_text, *SMALL, "--out", tmp_path)
+    done = rheostat("eval", tiny_model_folder, *flags, "--json")
+    assert done.status == 0, done.err
+    assert [len(done.figures[kind]) for kind in ("texts", "tasks")] == [1, 1]
+    assert (tmp_path / "pareto.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tasks", "bolq"], "tasks='bolq': must be one of hellaswag"),
+        (["--tasks", "boolq", "--task-data", "nowhere"], "task_data='nowhere': must be an existing folder"),
+        (["--tasks", "mmlu"], "must be a folder with mc/mmlu_test_sample.jsonl.gz"),
+        (["--tasks", "winogrande"], "must be a file with rows: it is empty"),
+        (["--tasks", "boolq", "--limit", "0"], "limit=0: must be at least 1 row"),
+        (["--tasks", "boolq", "--batch-tokens", "0"], "batch_tokens=0: must be 1 or more"),
+        (["--tasks", "boolq", "--compute", "0.01"], "compute=0.01: must be between"),
+        (["--limit", "3", "--tasks", ""], "limit=3: must be left out where no --tasks are asked for"),
+    ],
+)
+def test_bad_settings_of_tasks(
+    refused, dial_folder: Path, task_data: Path, flags: list[str], message: str, monkeypatch
+):
+    import lm_eval.tasks
+
+    class Manager:  # the real one reads thousands of files
+        all_tasks, task_index = ("boolq-seq2seq",), {}
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Manager)
+    folder = [] if "--task-data" in flags or "" in flags else ["--task-data", task_data]
+    assert message in refused("eval", dial_folder, *folder, *flags)
+
+
+def test_task_data_is_needed(refused, dial_folder: Path):
+    assert "task_data: must be given: boolq reads" in refused("eval", dial_folder, "--tasks", "boolq")

@@ -4,9 +4,13 @@ The text is read under the dial too. Beside each setting stand the baselines tha
 the same mean compute. Every file of text is measured on its own. All runs see the same windows, so that
 errors are paired.
 
+With --tasks, benchmark tasks are scored under the dial, each run paired with the dense model on the same
+rows; text is then measured only where --data names some.
+
 Example:
   rheostat eval smol-dial
   rheostat eval smol-dial --compute 1.0,0.9,0.8,0.7 --data novels.txt,wiki.txt --out figures
+  rheostat eval smol-dial --tasks hellaswag,arc_easy --task-data data --limit 200
 """
 
 from __future__ import annotations
@@ -14,14 +18,16 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rheostat.commands import check_computes, check_context, load
+from rheostat.commands import Loaded, check_computes, check_context, load
 from rheostat.config import Common, setting
 from rheostat.errors import bad_setting
+from rheostat.eval.ranks import Ranks, join
+from rheostat.eval.tables import task_notes, task_table, text_table
 from rheostat.folders import check_output
 from rheostat.report import to_json, write_whole
 from rheostat.terminal import ProgressDisplay, console
@@ -34,7 +40,7 @@ if TYPE_CHECKING:
     from rheostat.meter import Meter
 
 DEFAULT_COMPUTE = (1.0, 0.9, 0.8, 0.7)
-HEADINGS = ("asked", "spent", "FFN", "perplexity", "ratio to dense", "accuracy", "agreement", "tokens/s")
+DEFAULT_TEXT = "builtin:heldout"
 
 NamedProgress = Callable[[str, str, int, int], None]
 """Called with (stage, what the stage says of itself, steps done, steps in all)."""
@@ -48,27 +54,56 @@ class Config(Common):
     compute: tuple[float, ...] = setting(
         (), help="fractions of the dense model's FLOPs (default: 1.0,0.9,0.8,0.7 as far as the dial reaches)"
     )
-    data: tuple[str, ...] = setting(("builtin:heldout",), help="text to measure on; each file on its own")
+    data: tuple[str, ...] = setting(
+        (), help="text to measure on; each file on its own (default: builtin:heldout, and none with --tasks)"
+    )
     windows: int = setting(32, help="windows from each text")
     length: int = setting(512, help="tokens in a window")
     baselines: bool = setting(True, help="also measure what a router must beat at the same mean compute")
+    tasks: tuple[str, ...] = setting((), help="benchmark tasks: ours over --task-data, or any of lm-eval's own")
+    task_data: str | None = setting(None, help="the data folder whose files our tasks read")
+    limit: int | None = setting(None, help="the first rows of each task only (default: all)")
+    batch_tokens: int = setting(2048, help="tokens that a task's prompts may have together in one batch")
+    run_code: bool = setting(False, help="allow tasks that run programs which the model writes")
     out: str | None = setting(None, help="folder for report.json and pareto.png (default: none are written)")
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Measure, print the table, and write the report if asked.
+    """Measure, print the tables, and write the report if asked.
+
+    Under `accelerate launch`, tasks are shared among the processes; the first one does and says all the rest.
 
     Raises:
-        SettingError: a setting is out of range, or the text cannot be used.
+        SettingError: a setting is out of range, or the text or a task cannot be used.
     """
     if config.out is not None:
         _check_folder(Path(config.out))
+    _check_tasks(config)
+    ranks = Ranks()
+    if config.tasks:
+        ranks = join()
+        config = replace(config, device=ranks.device(config.device))
+    try:
+        figures = _figures(config, ranks)
+    finally:
+        ranks.close()
+    if ranks.index:
+        raise SystemExit(0)  # the first process speaks for all
+    _show(figures)
+    if config.out is not None:
+        _write(Path(config.out), figures)
+    return figures
+
+
+def _figures(config: Config, ranks: Ranks) -> dict[str, Any]:
     from rheostat.text import pack, read_texts
 
     loaded = load(config.model, config)
     computes = config.compute or tuple(c for c in DEFAULT_COMPUTE if c >= loaded.adapted.dial.low)
     check_computes(loaded.adapted, computes)
-    check_context(loaded.adapted, "length", config.length, config.length)
+    sources = config.data or (() if config.tasks else (DEFAULT_TEXT,))
+    if sources:
+        check_context(loaded.adapted, "length", config.length, config.length)
     texts = {
         name: pack(
             loaded.tokenizer,
@@ -78,7 +113,7 @@ def run(config: Config) -> dict[str, Any]:
             seed=config.seed,
             name="data",
         )
-        for name, source in names(config.data).items()
+        for name, source in names(sources).items()
     }
     dials = [c for c in dict.fromkeys(computes) if c != 1.0]
     figures: dict[str, Any] = {
@@ -86,18 +121,57 @@ def run(config: Config) -> dict[str, Any]:
         "method": loaded.adapted.method.to_dict(),
         "seed": config.seed,
         "texts": [],
+        "tasks": [],
     }
     with ProgressDisplay() as progress:
-        for name, windows in texts.items():
+        if config.tasks:  # first, because a task that cannot be read is told before long work
+            figures["tasks"] = _measure_tasks(config, loaded, dials, ranks, progress)
+        for name, windows in texts.items() if ranks.index == 0 else ():
             rows = _measure(config, loaded.adapted, windows, dials, partial(_named, progress, name))
             facts = {"name": name, "windows": len(windows), "length": config.length}
             figures["texts"].append(facts | {"runs": rows})
     if config.json or config.out is not None:
         figures["provenance"] = loaded.origin(config.seed)
-    _show(figures)
-    if config.out is not None:
-        _write(Path(config.out), figures)
     return figures
+
+
+def _check_tasks(config: Config) -> None:
+    """Settings of tasks, checked before the model is loaded."""
+    if config.limit is not None and config.limit < 1:
+        raise bad_setting("limit", config.limit, "at least 1 row")
+    if config.batch_tokens < 1:
+        raise bad_setting("batch_tokens", config.batch_tokens, "1 or more")
+    if config.tasks:
+        return
+    for one in ("task_data", "limit"):
+        if (value := getattr(config, one)) is not None:
+            raise bad_setting(one, value, "left out where no --tasks are asked for")
+
+
+def _measure_tasks(
+    config: Config, loaded: Loaded, dials: Sequence[float], ranks: Ranks, progress: ProgressDisplay
+) -> list[dict[str, Any]]:
+    """One entry for each task, with a row for the dense model and one for each dial."""
+    from rheostat.eval.benchmarks import evaluate_tasks
+
+    runs = evaluate_tasks(
+        loaded.adapted,
+        loaded.tokenizer,
+        config.tasks,
+        dials,
+        folder=None if config.task_data is None else Path(config.task_data).expanduser(),
+        limit=config.limit,
+        seed=config.seed,
+        batch_tokens=config.batch_tokens,
+        run_code=config.run_code,
+        ranks=ranks,
+        progress=_silent if ranks.index else progress,
+    )
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for one in runs:
+        kind = "dial" if one.task in rows else "dense"  # each task's dense run comes first
+        rows.setdefault(one.task, []).append({"kind": kind} | one.to_dict())
+    return [{"name": name, "rows": found[0]["num_rows"], "runs": found} for name, found in rows.items()]
 
 
 def names(sources: Sequence[str]) -> dict[str, str]:
@@ -136,6 +210,10 @@ def _measure(
     return rows
 
 
+def _silent(what: str, done: int, total: int) -> None:
+    """The progress of a process that is not the first."""
+
+
 def _named(progress: ProgressDisplay, text: str, stage: str, _: str, done: int, total: int) -> None:
     progress(f"{text}: {stage}", done, total)
 
@@ -156,45 +234,20 @@ def _check_folder(out: Path) -> None:
 
 
 def _write(out: Path, figures: dict[str, Any]) -> None:
-    from rheostat.eval.plots import pareto
+    written = [out / "report.json"]
+    write_whole(written[0], (to_json(figures, indent=2) + "\n").encode())
+    if figures["texts"]:  # what the picture shows
+        from rheostat.eval.plots import pareto
 
-    write_whole(out / "report.json", (to_json(figures, indent=2) + "\n").encode())
-    pareto(figures, out / "pareto.png")
-    console().print(f"\nwritten: {out / 'report.json'}, {out / 'pareto.png'}", soft_wrap=True)
+        written.append(out / "pareto.png")
+        pareto(figures, written[1])
+    console().print(f"\nwritten: {', '.join(map(str, written))}", soft_wrap=True)
 
 
 def _show(figures: dict[str, Any]) -> None:
-    from rich.table import Table
-
     for text in figures["texts"]:
-        tokens = text["runs"][0]["num_tokens"]
-        size = f"{text['windows']} windows of {text['length']}, {tokens:,} predicted tokens"
-        table = Table(
-            title=f"{text['name']}: {size}",
-            title_justify="left",
-            title_style="",
-            box=None,
-            pad_edge=False,
-        )
-        table.add_column("run")
-        for heading in HEADINGS:
-            table.add_column(heading, justify="right")
-        for row in text["runs"]:
-            table.add_row(*_cells(row))
-        console().print(table)
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    is_rival = row["kind"] not in ("dense", "dial")
-    ratio = "1" if row["kind"] == "dense" else f"{row['ratio']:.3f} ± {row['ratio_error']:.3f}"
-    return [
-        ("  " if is_rival else "") + row["kind"],
-        f"{row['asked']:g}",
-        f"{row['compute']:.3f}",
-        f"{row['ffn_fraction']:.0%}",
-        f"{row['perplexity']:.2f}",
-        ratio,
-        f"{row['accuracy']:.1%}",
-        f"{row['agreement']:.1%}",
-        f"{row['tokens_per_second']:,.0f}",
-    ]
+        console().print(text_table(text))
+    for task in figures["tasks"]:
+        console().print(task_table(task))
+        for note in task_notes(task):
+            console().print(note, soft_wrap=True)
