@@ -20,6 +20,7 @@ VERBS = {
     "adapt": ("rheostat.commands.adapt", "turn a dense model into one with a dial"),
     "generate": ("rheostat.commands.generate", "write an answer at a chosen compute, and show what it cost"),
     "eval": ("rheostat.commands.eval", "measure quality against compute"),
+    "report": ("rheostat.commands.report", "compare measured models in one page"),
     "export": ("rheostat.commands.export", "freeze the dial into a plain checkpoint"),
     "info": ("rheostat.commands.info", "show a model's sizes, methods, dial and origin"),
 }
