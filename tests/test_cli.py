@@ -56,7 +56,7 @@ def test_version(capsys):
 def test_an_unknown_verb(capsys):
     assert main(["evla"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("rheostat: error: command='evla': must be one of adapt, generate, eval, export, info")
+    assert err.startswith("rheostat: error: command='evla': must be one of adapt, generate, eval, report, export, info")
     assert err.count("\n") == 1
 
 

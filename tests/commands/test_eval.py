@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from rheostat.commands.eval import names
+from rheostat.report import card
+from rheostat.report.schema import FORMAT, read
 
 SMALL = ("--windows", "4", "--length", "48")
 
@@ -22,6 +25,8 @@ def test_table_report_and_picture(rheostat, dial_folder: Path, tiny_text: Path, 
         "--compute",
         "1.0,0.9,0.8,0.9",
         *SMALL,
+        "--passage",
+        30,
         "--out",
         out,
         "--json",
@@ -40,11 +45,48 @@ def test_table_report_and_picture(rheostat, dial_folder: Path, tiny_text: Path, 
         assert first["tokens_per_second"] > 0
         assert static["ffn_fraction"] >= first["ffn_fraction"] - 1e-9  # rounding favours the baseline
     assert figures["provenance"]["artifact_digest"]
-    assert json.loads((out / "report.json").read_text()) == figures
+    assert json.loads((out / "report.json").read_text()) == figures == read(out / "report.json")
+    assert figures["format"] == FORMAT
     assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in out.iterdir()) == ["pareto.png", "report.json"]
+    pictures = [f"{name}.png" for name in ("bytes", "experts", "pareto", "positions")]
+    wanted = sorted([*pictures, "report.html", "report.json", "report.md", "tokens.png"])
+    assert sorted(path.name for path in out.iterdir()) == wanted
+    assert figures["base"] == {"name": "model"}
+    assert len({text["digest"] for text in figures["texts"]}) == 2
+    for text in figures["texts"]:
+        assert [use["asked"] for use in text["use"]] == [0.9, 0.8]
+        assert len(text["passage"]["tokens"]) == 30
     assert "words: 4 windows of 48" in done.out
     assert "other: baselines: done" in done.err
+
+
+def test_the_card_of_the_artifact_shows_the_figures(rheostat, dial_folder: Path, tiny_text: Path, tmp_path: Path):
+    folder = tmp_path / "copy"
+    shutil.copytree(dial_folder, folder)
+    arguments = ("eval", folder, "--data", tiny_text, *SMALL, "--compute", 0.9, "--no-baselines", "--passage", 0)
+    done = rheostat(*arguments, "--out", folder / "report")
+    assert f"model card: {folder / card.NAME} now shows these figures" in done.out
+    text = (folder / card.NAME).read_text()
+    assert "](report/pareto.png)" in text
+    assert "**words**" in text
+    assert read(folder / "report" / "report.json")["texts"][0].get("passage") is None
+    (folder / card.NAME).write_text("# Mine\n")
+    assert "has been edited; left as it is" in rheostat(*arguments, "--out", folder / "report").out
+    assert (folder / card.NAME).read_text() == "# Mine\n"
+    assert "model card" not in rheostat(*arguments, "--out", tmp_path / "elsewhere").out
+
+
+def test_what_another_command_measured_stays_in_the_report(
+    rheostat, dial_folder: Path, tiny_text: Path, tmp_path: Path
+):
+    arguments = ("eval", dial_folder, "--data", tiny_text, *SMALL, "--compute", 0.9, "--no-baselines")
+    assert rheostat(*arguments, "--out", tmp_path).status == 0
+    file = tmp_path / "report.json"
+    bench = [{"side": "dial 0.9", "compute": 0.9, "tpot_ms": 3.0}]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"bench": bench}))
+    assert rheostat(*arguments, "--out", tmp_path).status == 0
+    assert read(file)["bench"] == bench
+    assert (tmp_path / "milliseconds.png").is_file()
 
 
 def test_without_baselines_and_with_the_default_dial(rheostat, dial_folder: Path, tiny_text: Path):
@@ -72,6 +114,7 @@ def test_a_dense_model(rheostat, tiny_model_folder: Path, tiny_text: Path, tmp_p
         (["--data", "none"], "data='none': must be an existing file"),
         (["--windows", "0"], "limit=0: must be at least 1"),
         (["--length", "1"], "length=1: must be at least 2"),
+        (["--passage", "-1"], "passage=-1: must be 0 or more tokens"),
         (["--length", "300"], "length=300: must be at most 256: this model reads 256 tokens"),
     ],
 )
