@@ -114,6 +114,16 @@ def test_an_override_chooses_the_experts_and_pays_no_router(adapted):
     assert meters["static"].cost.flops.router == 0 < meters["native"].cost.flops.router
 
 
+def test_bytes_of_a_chain_that_cannot_tell_are_not_made_up(monkeypatch: pytest.MonkeyPatch):
+    adapted = tiny_adapted(router_steps=0)
+
+    def unknown(*_: object, **__: object) -> None:
+        raise SettingError("known by measurement only")
+
+    monkeypatch.setattr(type(adapted.method), "cost", unknown)
+    assert decode_bytes(adapted, 0.8, 24) is None
+
+
 def test_one_window_has_no_spread(adapted):
     assert evaluate(adapted, WINDOWS[:1], [Run(label="low", compute=adapted.dial.low)])[1].loss_error == 0.0
 

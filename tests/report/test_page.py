@@ -10,8 +10,6 @@ from rheostat.report.page import page
 from rheostat.report.schema import check
 from tests.report.sample import NASTY, old_sample, sample
 
-VOID = {"meta", "br", "path", "use", "rect", "image"}
-
 
 class Reader(HTMLParser):
     """Checks that elements are closed in order; keeps ids, words, and what would be fetched."""

@@ -27,6 +27,9 @@ def test_cost():
     table = tables.cost(sample()["texts"][0])
     assert table is not None
     assert table.rows[2] == ("0.8", "216 M", "0.800", "0.820", "440 MB", "0.800")
+    text = sample()["texts"][0]
+    text["runs"][1]["bytes_per_token"] = None
+    assert tables.cost(text).rows[1][4:] == ("n/a", "n/a")
     assert tables.cost(old_sample()["texts"][0]) is None
 
 

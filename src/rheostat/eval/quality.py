@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rheostat.adapted import Adapted
+from rheostat.errors import SettingError
 from rheostat.eval.profile import Profile
 from rheostat.methods.base import Progress, no_progress
 from rheostat.spending import spend
@@ -60,9 +61,9 @@ class Quality:
     """Standard error of `agreement`, over windows."""
     flops_per_token: float
     """FLOPs spent a token, attention over the window included."""
-    bytes_per_token: int
+    bytes_per_token: int | None
     """Bytes that decoding one token, in a batch of one and after a full window, moves at this mean compute: weights
-    and cache, as `Method.cost` counts them from the sizes."""
+    and cache, as `Method.cost` counts them from the sizes. None for methods whose cost it cannot tell."""
     num_tokens: int
     """Predicted tokens."""
     seconds: float
@@ -172,11 +173,16 @@ def _mean(values: Iterable[float]) -> tuple[float, float]:
     return mean, math.sqrt(squares / max(1, len(values) - 1) / len(values))
 
 
-def decode_bytes(adapted: Adapted, compute: float, past: int) -> int:
-    """Bytes that decoding one token moves after `past` cached ones, in a batch of one, at a mean `compute`."""
+def decode_bytes(adapted: Adapted, compute: float, past: int) -> int | None:
+    """Bytes that decoding one token moves after `past` cached ones, in a batch of one, at a mean `compute`.
+
+    None where the method cannot tell: several dials in a chain are known by measurement only.
+    """
     method, geometry = adapted.method, adapted.geometry
     reachable = min(1.0, max(method.floor(geometry), compute))  # baselines have no routers, so they end a bit lower
-    cost = method.cost(
-        geometry, compute=reachable, num_tokens=1, past=past, num_logits=1, itemsize=adapted.dtype.itemsize
-    )
+    itemsize = adapted.dtype.itemsize
+    try:
+        cost = method.cost(geometry, compute=reachable, num_tokens=1, past=past, num_logits=1, itemsize=itemsize)
+    except SettingError:
+        return None
     return cost.bytes.total

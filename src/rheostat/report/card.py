@@ -100,16 +100,21 @@ def metadata(base: Mapping[str, Any], *, library: str, tags: tuple[str, ...]) ->
     from huggingface_hub import ModelCardData
 
     language = base.get("language")
-    licence = str(base.get("license", "")).lower()
     data = ModelCardData(
         library_name=library,
         pipeline_tag="text-generation",
         base_model=base.get("hub_id"),
-        license=licence if LICENCE.fullmatch(licence) else None,
+        license=_licence(base),
         language=language if isinstance(language, str | list) else None,
         tags=list(dict.fromkeys(tags)),
     )
     return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _licence(base: Mapping[str, Any]) -> str | None:
+    """The licence's short name, in the one spelling that the Hub takes; None for anything else."""
+    name = str(base.get("license", "")).lower()
+    return name if LICENCE.fullmatch(name) else None
 
 
 def _from(base: Mapping[str, Any]) -> str:
@@ -184,7 +189,7 @@ def _limits(base: Mapping[str, Any]) -> str:
         "- Quality at a setting depends on the text. What is measured above holds for texts like those.",
         "- FLOPs are not milliseconds: how much time a setting saves depends on the machine and on the batch.",
     ]
-    if not base.get("license"):
+    if _licence(base) is None:
         lines.append(
             "- The licence of the base model is not known to this card. It holds for this model too: look it up."
         )

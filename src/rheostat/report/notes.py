@@ -84,7 +84,7 @@ def _on_cost(report: Report) -> list[str]:
         "Compute counts the FLOPs of all products with weights, routers and output head included; attention over the "
         "context is counted beside it."
     ]
-    if any("bytes_per_token" in run for text in report["texts"] for run in text["runs"]):
+    if any(run.get("bytes_per_token") for text in report["texts"] for run in text["runs"]):
         found.append(
             "Bytes are counted from the model's sizes, not measured: weights, and the cache of a full window, that "
             "decoding one token in a batch of one moves at the mean compute spent. A batch shares what it reads."

@@ -53,7 +53,7 @@ def _by_text(
 
 def _quality(report: Report) -> list[Picture]:
     texts, method = report["texts"], method_name(report)
-    counted = [text for text in texts if all("bytes_per_token" in run for run in text["runs"])]
+    counted = [text for text in texts if all(run.get("bytes_per_token") for run in text["runs"])]
     return [
         *_by_text(
             "pareto",

@@ -58,8 +58,9 @@ class Run(TypedDict):
     """Standard error of `agreement`, over windows."""
     flops_per_token: NotRequired[float]
     """FLOPs spent a token, attention over the window included."""
-    bytes_per_token: NotRequired[float]
-    """Bytes that decoding one token in a batch of one moves after a full window: counted from sizes."""
+    bytes_per_token: NotRequired[Measured]
+    """Bytes that decoding one token in a batch of one moves after a full window, counted from sizes; null where the
+    method cannot tell."""
     num_tokens: int
     """Predicted tokens."""
     seconds: float
@@ -279,12 +280,18 @@ def _check_sense(report: dict[str, Any]) -> None:
             if run["ratio"] is not None and run["ratio"] <= 0:
                 raise _Wrong(f"{path}.runs[{j}].ratio", run["ratio"], "above 0")
         for j, use in enumerate(text.get("use", [])):
+            if not use["shares"] or not use["widths"]:
+                raise _Wrong(f"{path}.use[{j}].shares", use["shares"], "about at least one layer and one expert")
             _check_lengths(use["shares"], len(use["widths"]), f"{path}.use[{j}].shares")
             if "positions" in use:
                 places = use["positions"]
+                if len(places["width"]) != len(use["shares"]) or not places["starts"]:
+                    raise _Wrong(f"{path}.use[{j}].positions.width", places["width"], "about the same layers as shares")
                 _check_lengths(places["width"], len(places["starts"]), f"{path}.use[{j}].positions.width")
         if "passage" in text:
             rows = [row["widths"] for row in text["passage"]["rows"]]
+            if not text["passage"]["tokens"]:
+                raise _Wrong(f"{path}.passage.tokens", [], "a list of at least one token")
             _check_lengths(rows, len(text["passage"]["tokens"]), f"{path}.passage.rows.widths")
 
 

@@ -61,8 +61,7 @@ def cost(text: Text) -> Table | None:
             short(run["flops_per_token"]),
             f"{run['compute']:.3f}",
             f"{run['compute_with_context']:.3f}",
-            f"{short(run['bytes_per_token'])}B" if "bytes_per_token" in run else NONE,
-            f"{run['bytes_per_token'] / runs[0]['bytes_per_token']:.3f}" if "bytes_per_token" in run else NONE,
+            *_bytes(run, runs[0]),
         )
         for run in runs
     )
@@ -75,6 +74,13 @@ def cost(text: Text) -> Table | None:
         "of dense",
     )
     return Table(headings=headings, rows=rows)
+
+
+def _bytes(run: Run, dense: Run) -> tuple[str, str]:
+    mine, full = run.get("bytes_per_token"), dense.get("bytes_per_token")
+    if not mine or not full:
+        return (NONE, NONE)
+    return (f"{short(mine)}B", f"{mine / full:.3f}")
 
 
 def bench(report: Report) -> Table | None:

@@ -43,9 +43,8 @@ def by_layer(texts: Sequence[Text]) -> Figure:
         below = [0.0] * (num_layers + 1)
         for expert, (width, colour) in enumerate(zip(use["widths"], shades(len(use["widths"])), strict=True)):
             heights = [shares[expert] for shares in use["shares"]]
-            above = [
-                a + b for a, b in zip(below, [*heights, heights[-1]], strict=True)
-            ]  # the last one twice, for `step`
+            heights.append(heights[-1])  # `step` wants a value for the last edge too
+            above = [a + b for a, b in zip(below, heights, strict=True)]
             style = {"facecolor": colour, "edgecolor": QUIET, "linewidth": 0.5}
             panel.fill_between(edges, below, above, step="post", label=f"{width:.0%} of the FFN", **style)
             below = above
