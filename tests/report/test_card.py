@@ -73,6 +73,7 @@ def test_what_an_unmeasured_artifact_says():
     text = card.artifact_card(manifest(), name="dial")
     assert "made from [someone/Tiny](https://huggingface.co/someone/Tiny)" in text
     assert 'rheostat.load("dial")' in text
+    assert "max_new_tokens=64, compute=0.8)" in text
     assert "| 0.700 | 0.1 |" in text
     assert "It works from 0.700 to 1" in text
     assert "Not measured yet. `rheostat eval dial --out dial/report`" in text
@@ -86,6 +87,7 @@ def test_a_model_without_a_dial_or_a_history():
     bare = {"method": {"name": "dense"}, "dial": {"compute": [1.0], "settings": {}}, "report": {}}
     text = card.artifact_card(bare, name=NASTY)
     assert "runs at compute 1 only" in text
+    assert "max_new_tokens=64, compute=1)" in text
     assert "<script>" not in text.split("## How to load it")[0]
     assert parsed(text)["library_name"] == "rheostat"
 

@@ -39,7 +39,7 @@ def artifact_card(manifest: Mapping[str, Any], *, name: str, report: Report | No
     made = manifest["report"]
     base = made.get("base") or {}
     method = manifest["method"]["name"]
-    parts = [f"# {escape(name)}", _what_it_is(manifest, base), "## How to load it", _loading(name)]
+    parts = [f"# {escape(name)}", _what_it_is(manifest, base), "## How to load it", _loading(name, manifest)]
     parts += ["## The dial", _dial(manifest["dial"])]
     parts += ["## Measured quality", *_quality(report, folder, name)]
     parts += ["## How it was made", _made(manifest)]
@@ -83,13 +83,15 @@ def export_card(facts: Mapping[str, Any], *, name: str) -> str:
     return signed(metadata(base, library="transformers", tags=("rheostat", *(() if is_dense else ("pruned",)))), parts)
 
 
+EXAMPLE = 0.8
+"""The `compute` shown in the example, where the dial reaches it."""
 LOAD = """\
 ```python
 import rheostat
 
 model, tokenizer = rheostat.load("{name}")  # the folder; from the Hub, first huggingface_hub.snapshot_download(...)
 batch = tokenizer(["Rivers are"], return_tensors="pt")
-out = model.generate(**batch, max_new_tokens=64, compute=0.8)
+out = model.generate(**batch, max_new_tokens=64, compute={compute:g})
 ```
 
 Stock `transformers` loads the same folder (and a copy of it on the Hub) as the dense model, without the dial."""
@@ -127,14 +129,15 @@ def _what_it_is(manifest: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     low = manifest["dial"]["compute"][-1]
     reach = f"from {low:.3f} to 1" if low < 1 else "at 1 only: nothing was calibrated"
     return (
-        f"A causal language model{_from(base)} with a dial for its compute, made by Rheostat with the method "
-        f"{escape(manifest['method']['name'])}. The dial, `compute`, is the fraction of the dense model's FLOPs that a "
-        f"token may cost, chosen for each request. It works {reach}; 1 is the dense model."
+        f"A causal language model{_from(base)}, given a dial for its compute by Rheostat (method "
+        f"{escape(manifest['method']['name'])}). The dial, `compute`, is the fraction of the dense model's FLOPs that "
+        f"a token may cost, chosen for each request. It works {reach}; 1 is the dense model."
     )
 
 
-def _loading(name: str) -> str:
-    return LOAD.format(name=code(name).replace('"', "'"))
+def _loading(name: str, manifest: Mapping[str, Any]) -> str:
+    compute = EXAMPLE if manifest["dial"]["compute"][-1] <= EXAMPLE else 1.0
+    return LOAD.format(name=code(name).replace('"', "'"), compute=compute)
 
 
 def _dial(dial: Mapping[str, Any]) -> str:
@@ -186,7 +189,7 @@ def _limits(base: Mapping[str, Any]) -> str:
     lines = [
         "- Biases, errors and unsafe answers of the base model are in this one too; a cheaper setting makes mistakes "
         "more likely. It has not been checked for safety at any setting.",
-        "- Quality at a setting depends on the text. What is measured above holds for texts like those.",
+        "- Quality at a setting depends on the text: figures hold for text like that which they were measured on.",
         "- FLOPs are not milliseconds: how much time a setting saves depends on the machine and on the batch.",
     ]
     if _licence(base) is None:
