@@ -73,6 +73,7 @@ def test_text_becomes_a_dial(model, tiny_tokenizer):
     assert report["fitted"]["num_tokens"] == 8 * 32
     assert report["held_out"] == "text"  # not the documents themselves
     assert "trained" not in report
+    assert report["base"] == {"name": "model"}  # the folder's last part
 
 
 def test_a_file_may_hold_the_text(model, tiny_tokenizer, tiny_text):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,6 +17,7 @@ from rheostat.adapted import Adapted
 from rheostat.artifact import load_artifact, read_manifest, save
 from rheostat.errors import SettingError
 from rheostat.methods import Chain, DynaMoE, Method
+from rheostat.report import card
 from rheostat.spending import spend
 from tests.tiny import FAMILIES, tiny_adapted, tiny_model, tiny_windows
 
@@ -79,6 +81,14 @@ def test_other_methods_are_saved_too(method, tiny_tokenizer, tmp_path):
     after, _ = load_artifact(save(before, tiny_tokenizer, tmp_path / "artifact"))
     assert after.method == before.method
     assert torch.equal(logits(after), logits(before))
+
+
+def test_a_model_card_is_written_and_may_be_edited(saved):
+    text = (saved / "README.md").read_text(encoding="utf-8")
+    assert text == card.artifact_card(read_manifest(saved), name="artifact")
+    assert ModelCard(text).data.library_name == "rheostat"
+    (saved / "README.md").write_text("# Mine\n")
+    load_artifact(saved)
 
 
 def test_tokenizer_and_report_come_along(adapted, saved, tiny_tokenizer):

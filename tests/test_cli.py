@@ -56,7 +56,9 @@ def test_version(capsys):
 def test_an_unknown_verb(capsys):
     assert main(["evla"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("rheostat: error: command='evla': must be one of adapt, generate, eval, bench, export, info")
+    assert err.startswith(
+        "rheostat: error: command='evla': must be one of adapt, generate, eval, bench, report, export, info"
+    )
     assert err.count("\n") == 1
 
 

@@ -62,6 +62,25 @@ def test_flags():
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Many(Common):
+    sources: tuple[str, ...] = setting(help="several", flag=False)
+
+
+def test_several_positional_arguments(tmp_path: Path):
+    def parse_many(*arguments: str) -> Many:
+        parser = argparse.ArgumentParser()
+        add_flags(parser, Many)
+        return resolve(Many, parser.parse_intermixed_args(list(arguments)))
+
+    assert parse_many("a", "--seed", "1", "b,c").sources == ("a", "b,c")
+    file = tmp_path / "c.yaml"
+    file.write_text("sources: [x, y]")
+    assert parse_many("--config", str(file)).sources == ("x", "y")
+    with pytest.raises(SettingError, match="sources: must be given"):
+        parse_many()
+
+
 def test_flags_win_over_the_file(tmp_path: Path):
     file = tmp_path / "c.yaml"
     file.write_text("model: m\nrate: 1e-3\ncompute: 0.5\nseed: 3\nsettings: {k: 1, ridge: 2E-4}\n")

@@ -18,6 +18,7 @@ from rheostat.geometry import Geometry
 from rheostat.methods import Chain, DynaMoE, Method
 from rheostat.methods.dynamoe.experts import run_one
 from rheostat.methods.dynamoe.method import nested_ffns
+from rheostat.report import card
 from tests.tiny import FAMILIES, tiny_adapted, tiny_model, tiny_windows
 
 IDS = tiny_windows(2, 16)
@@ -80,6 +81,10 @@ def test_the_widest_slice_that_fits_is_taken(tiny_tokenizer, tmp_path):
     assert adapted.config.intermediate_size == 64
     assert not adapted.config.mlp_bias
     assert "rheostat.json" not in os.listdir(folder)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "48 of 64 FFN channels" in text
+    assert "0.9 was the most it might cost" in text
+    assert card.is_ours(text)
 
 
 def test_below_the_smallest_slice_what_is_possible_is_listed(tiny_tokenizer, tmp_path):

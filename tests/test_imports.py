@@ -19,11 +19,12 @@ SOURCE = Path(__file__).parents[1] / "src" / "rheostat"
 
 LAYERS = (
     ("errors",),
-    ("geometry", "config", "folders", "provenance", "processes"),
+    ("geometry", "config", "folders", "provenance", "processes", "terminal"),
+    ("report.*",),
     ("cost",),
     ("meter",),
     ("spending", "families"),
-    ("text", "models", "sampling", "losses"),
+    ("text", "models", "sampling", "losses", "bases"),
     ("methods.base",),
     ("methods.*",),
     ("methods",),
@@ -34,7 +35,6 @@ LAYERS = (
     ("exporting",),
     ("train.*",),
     ("adaptation",),
-    ("report", "terminal"),
     ("bench.*", "eval.*"),
     ("commands.*",),
     ("cli",),

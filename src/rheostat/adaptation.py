@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from rheostat import processes
 from rheostat.adapted import Adapted
+from rheostat.bases import base_facts
 from rheostat.calibration import calibrate
 from rheostat.config import setting
 from rheostat.errors import SettingError, bad_setting
@@ -102,6 +103,7 @@ def adapt(
     teacher = copy.deepcopy(model) if train.tokens and method.wants_teacher() else None
     facts: dict[str, Any] = {
         "base_digest": digest,
+        "base": base_facts(model),
         "fit": asdict(fit),
         "train": asdict(train),
         # A list may hold the texts themselves, which are no part of a report.

@@ -5,6 +5,7 @@
                                                       it as the dense model
     method.safetensors                                what the method learned
     rheostat.json                                     format version, method, dial, report, digests of the files
+    README.md                                         the model card; may be edited
 
 A folder appears under its name only when it is complete, and each file's digest is checked on loading.
 """
@@ -31,6 +32,7 @@ from rheostat.dial import Dial
 from rheostat.errors import SettingError, bad_setting
 from rheostat.folders import whole_folder
 from rheostat.methods import make_method
+from rheostat.report import card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +72,7 @@ def save(adapted: Adapted, tokenizer: PreTrainedTokenizerBase, path: str | Path,
             "files": {p.name: _facts(p) for p in sorted(folder.glob("*.safetensors"))},
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        (folder / card.NAME).write_text(card.artifact_card(manifest, name=Path(path).name), encoding="utf-8")
     return Path(path)
 
 

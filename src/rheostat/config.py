@@ -51,7 +51,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
         flag = one.metadata.get("flag", True)
         text = (one.metadata["help"] + _default_text(one)).replace("%", "%%")
         if not flag:
-            parser.add_argument(one.name, type=kind, nargs="?", help=text, metavar=one.name.upper())
+            nargs = "*" if is_many else "?"
+            parser.add_argument(one.name, type=kind, nargs=nargs, help=text, metavar=one.name.upper())
             continue
         name = flag if isinstance(flag, str) else "--" + one.name.replace("_", "-")
         if kind is bool:
@@ -77,7 +78,7 @@ def resolve(cls: type[C], args: argparse.Namespace) -> C:
         values |= read_yaml(args.config)
     for one in fields(cls):  # type: ignore[arg-type]
         given = getattr(args, one.name, None)
-        if given is None:
+        if given is None or given == []:  # argparse's word for no positional arguments
             continue
         if isinstance(given, list) and typing.get_origin(hints[one.name]) is Mapping:
             before = _convert(one.name, values.get(one.name, {}), hints[one.name])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rheostat.adapted import Adapted
 from rheostat.artifact import write_plain
 from rheostat.folders import whole_folder
+from rheostat.geometry import Geometry
+from rheostat.report import card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,4 +32,19 @@ def export(
     config, state = adapted.method.freeze(adapted.model, compute)
     with whole_folder(path, overwrite=overwrite) as folder:
         write_plain(folder, config, state, adapted.generation_config, tokenizer)
+        (folder / card.NAME).write_text(_card(adapted, config, compute, Path(path).name), encoding="utf-8")
     return Path(path)
+
+
+def _card(adapted: Adapted, config: Any, compute: float, name: str) -> str:
+    dense, frozen = adapted.geometry, Geometry.from_config(config)
+    facts = {
+        "base": adapted.report.get("base") or {},
+        "method": adapted.method.name,
+        "asked": compute,
+        "compute": frozen.token_flops / dense.token_flops,
+        "ffn_size": frozen.ffn_size,
+        "dense_ffn_size": dense.ffn_size,
+        "provenance": adapted.report.get("provenance"),
+    }
+    return card.export_card(facts, name=name)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from rheostat.commands.eval import names
+from rheostat.report import card
+from rheostat.report.schema import FORMAT, read
 from tests.eval.conftest import pack_rows
 
 SMALL = ("--windows", "4", "--length", "48")
@@ -23,6 +26,8 @@ def test_table_report_and_picture(rheostat, dial_folder: Path, tiny_text: Path, 
         "--compute",
         "1.0,0.9,0.8,0.9",
         *SMALL,
+        "--passage",
+        30,
         "--out",
         out,
         "--json",
@@ -41,11 +46,48 @@ def test_table_report_and_picture(rheostat, dial_folder: Path, tiny_text: Path, 
         assert first["tokens_per_second"] > 0
         assert static["ffn_fraction"] >= first["ffn_fraction"] - 1e-9  # rounding favours the baseline
     assert figures["provenance"]["artifact_digest"]
-    assert json.loads((out / "report.json").read_text()) == figures
+    assert json.loads((out / "report.json").read_text()) == figures == read(out / "report.json")
+    assert figures["format"] == FORMAT
     assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in out.iterdir()) == ["pareto.png", "report.json"]
+    pictures = [f"{name}.png" for name in ("bytes", "experts", "pareto", "positions")]
+    wanted = sorted([*pictures, "report.html", "report.json", "report.md", "tokens.png"])
+    assert sorted(path.name for path in out.iterdir()) == wanted
+    assert figures["base"] == {"name": "model"}
+    assert len({text["digest"] for text in figures["texts"]}) == 2
+    for text in figures["texts"]:
+        assert [use["asked"] for use in text["use"]] == [0.9, 0.8]
+        assert len(text["passage"]["tokens"]) == 30
     assert "words: 4 windows of 48" in done.out
     assert "other: baselines: done" in done.err
+
+
+def test_the_card_of_the_artifact_shows_the_figures(rheostat, dial_folder: Path, tiny_text: Path, tmp_path: Path):
+    folder = tmp_path / "copy"
+    shutil.copytree(dial_folder, folder)
+    arguments = ("eval", folder, "--data", tiny_text, *SMALL, "--compute", 0.9, "--no-baselines", "--passage", 0)
+    done = rheostat(*arguments, "--out", folder / "report")
+    assert f"model card: {folder / card.NAME} now shows these figures" in done.out
+    text = (folder / card.NAME).read_text()
+    assert "](report/pareto.png)" in text
+    assert "**words**" in text
+    assert read(folder / "report" / "report.json")["texts"][0].get("passage") is None
+    (folder / card.NAME).write_text("# Mine\n")
+    assert "has been edited; left as it is" in rheostat(*arguments, "--out", folder / "report").out
+    assert (folder / card.NAME).read_text() == "# Mine\n"
+    assert "model card" not in rheostat(*arguments, "--out", tmp_path / "elsewhere").out
+
+
+def test_what_another_command_measured_stays_in_the_report(
+    rheostat, dial_folder: Path, tiny_text: Path, tmp_path: Path
+):
+    arguments = ("eval", dial_folder, "--data", tiny_text, *SMALL, "--compute", 0.9, "--no-baselines")
+    assert rheostat(*arguments, "--out", tmp_path).status == 0
+    file = tmp_path / "report.json"
+    bench = [{"side": "dial 0.9", "compute": 0.9, "tpot_ms": 3.0}]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"bench": bench}))
+    assert rheostat(*arguments, "--out", tmp_path).status == 0
+    assert read(file)["bench"] == bench
+    assert (tmp_path / "milliseconds.png").is_file()
 
 
 def test_without_baselines_and_with_the_default_dial(rheostat, dial_folder: Path, tiny_text: Path):
@@ -73,6 +115,7 @@ def test_a_dense_model(rheostat, tiny_model_folder: Path, tiny_text: Path, tmp_p
         (["--data", "none"], "data='none': must be an existing file"),
         (["--windows", "0"], "limit=0: must be at least 1"),
         (["--length", "1"], "length=1: must be at least 2"),
+        (["--passage", "-1"], "passage=-1: must be 0 or more tokens"),
         (["--length", "300"], "length=300: must be at most 256: this model reads 256 tokens"),
     ],
 )
@@ -118,28 +161,26 @@ def test_tasks_alone(rheostat, dial_folder: Path, task_data: Path, tmp_path: Pat
     done = rheostat(*common, "--compute", "1.0,0.9", "--limit", 3, "--out", tmp_path / "out", "--json")
     assert done.status == 0, done.err
     assert done.figures["texts"] == []
-    assert [(task["name"], task["rows"]) for task in done.figures["tasks"]] == [("boolq", 3), ("lambada_openai", 3)]
-    for task in done.figures["tasks"]:
-        dense, dial = task["runs"]
-        assert (dense["kind"], dense["asked"], dense["compute"]) == ("dense", 1.0, 1.0)
-        assert (dial["kind"], dial["asked"]) == ("dial", 0.9)
-        assert dial["compute"] < 1
-        assert dense["metrics"]["acc"]["difference"] == 0
+    rows = done.figures["tasks"]
+    assert {(row["task"], row["rows"]) for row in rows} == {("boolq", 3), ("lambada_openai", 3)}
+    dense, dial = [row for row in rows if row["task"] == "boolq" and row["metric"] == "acc"]
+    assert (dense["kind"], dense["compute"], dense["spent"], dense["paired_difference"]) == ("dense", 1.0, 1.0, 0)
+    assert (dial["kind"], dial["compute"]) == ("dial", 0.9)
+    assert dial["spent"] < 1
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == done.figures
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]  # no texts, so no picture
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"report.json", "report.md", "report.html", "tasks.png"}
     assert "boolq: 3 rows, prefill+score" in done.out
     assert "boolq at 0.9: done" in done.err
-    again = rheostat(*common, "--compute", "1.0,0.9", "--limit", 3, "--json").figures
-    assert [[run["metrics"] for run in task["runs"]] for task in again["tasks"]] == [
-        [run["metrics"] for run in task["runs"]] for task in done.figures["tasks"]
-    ]
+    again = rheostat(*common, "--compute", "1.0,0.9", "--limit", 3, "--json").figures["tasks"]
+    assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in rows]
 
 
 def test_tasks_and_text(rheostat, tiny_model_folder: Path, task_data: Path, tiny_text: Path, tmp_path: Path):
     flags = ("--tasks", "boolq", "--task-data", task_data, "--data", tiny_text, *SMALL, "--out", tmp_path)
     done = rheostat("eval", tiny_model_folder, *flags, "--json")
     assert done.status == 0, done.err
-    assert [len(done.figures[kind]) for kind in ("texts", "tasks")] == [1, 1]
+    assert [len(done.figures[kind]) for kind in ("texts", "tasks")] == [1, 1]  # one metric of one task
     assert (tmp_path / "pareto.png").exists()
 
 

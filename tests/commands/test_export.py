@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 
@@ -18,6 +19,9 @@ def test_a_plain_checkpoint(rheostat, dial_folder: Path, tmp_path: Path):
     assert figures["provenance"]["artifact_digest"]
     assert f"width       {figures['ffn_size']} of 64 FFN channels" in done.out
     assert "layers" in rheostat("info", out).out
+    text = (out / "README.md").read_text()
+    assert f"{figures['ffn_size']} of 64 FFN channels" in text
+    assert ModelCard(text).data.library_name == "transformers"
 
 
 def test_at_full_compute_it_is_the_dense_model(rheostat, dial_folder: Path, tmp_path: Path):

@@ -10,7 +10,7 @@ import torch
 
 from rheostat.adapted import Adapted
 from rheostat.errors import SettingError
-from rheostat.eval.quality import Run, evaluate
+from rheostat.eval.quality import Run, decode_bytes, evaluate
 from rheostat.spending import current_spending, spend
 from tests.tiny import tiny_adapted, tiny_model, tiny_windows
 
@@ -53,6 +53,14 @@ def test_figures_are_those_of_a_cross_entropy_by_hand(adapted):
     assert mine.agreement == pytest.approx(sum(a == b for a, b, _ in pairs) / len(pairs))
     assert mine.accuracy == pytest.approx(sum(a == c for a, _, c in pairs) / len(pairs))
     assert mine.agreement < 1
+    agreed = torch.tensor([[a == b for a, b in zip(*rows, strict=True)] for rows in zip(best, dense_best, strict=True)])
+    assert mine.agreement_error == pytest.approx(float(agreed.double().mean(1).std()) / 7**0.5)
+    right = [
+        torch.tensor([[a == c for a, c in zip(*rows, strict=True)] for rows in zip(one, texts, strict=True)]).double()
+        for one in (best, dense_best)
+    ]
+    assert mine.accuracy_error == pytest.approx(float((right[0] - right[1]).mean(1).std()) / 7**0.5)
+    assert dense.accuracy_error == dense.agreement_error == 0.0
 
 
 def test_full_compute_is_the_dense_model(adapted):
@@ -75,13 +83,18 @@ def test_batches_do_not_change_the_figures(adapted):
 def test_what_was_spent_is_in_the_figures_and_the_meter(adapted):
     meters = {}
     compute = (1 + adapted.dial.low) / 2
-    _, mine = evaluate(adapted, WINDOWS, [Run(label="half", compute=compute)], meters=meters)
+    dense, mine = evaluate(adapted, WINDOWS, [Run(label="half", compute=compute)], meters=meters)
     assert set(meters) == {"dense", "half"}
     assert mine.asked == compute
     assert mine.compute == meters["half"].compute < 1
     assert mine.compute < mine.compute_with_context < 1
     assert meters["half"].tokens == WINDOWS.numel()
     assert mine.seconds > 0
+    assert mine.flops_per_token == meters["half"].cost.flops.total / WINDOWS.numel() < dense.flops_per_token
+    wanted = adapted.method.cost(adapted.geometry, compute=mine.compute, num_tokens=1, past=24, itemsize=4)
+    assert mine.bytes_per_token == wanted.bytes.total < dense.bytes_per_token
+    assert dense.bytes_per_token == decode_bytes(adapted, 1.0, 24)
+    assert meters["half"].use() is not None
     assert json.loads(json.dumps(mine.to_dict()))["label"] == "half"
     assert current_spending() is None
 
@@ -96,7 +109,19 @@ def test_an_override_chooses_the_experts_and_pays_no_router(adapted):
     assert static.loss == pytest.approx(native.loss, rel=1e-5)
     assert static.ffn_fraction == pytest.approx(native.ffn_fraction)
     assert static.ffn_fraction == pytest.approx((0.25 * 23 + 1) / 24)  # the first token is pinned
+    least = decode_bytes(adapted, adapted.method.floor(adapted.geometry), 24)
+    assert decode_bytes(adapted, 0.01, 24) == least  # without a router a run can end below the floor
     assert meters["static"].cost.flops.router == 0 < meters["native"].cost.flops.router
+
+
+def test_bytes_of_a_chain_that_cannot_tell_are_not_made_up(monkeypatch: pytest.MonkeyPatch):
+    adapted = tiny_adapted(router_steps=0)
+
+    def unknown(*_: object, **__: object) -> None:
+        raise SettingError("known by measurement only")
+
+    monkeypatch.setattr(type(adapted.method), "cost", unknown)
+    assert decode_bytes(adapted, 0.8, 24) is None
 
 
 def test_one_window_has_no_spread(adapted):

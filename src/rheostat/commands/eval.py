@@ -15,6 +15,7 @@ Example:
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,21 +24,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rheostat.commands import Loaded, check_computes, check_context, load
+from rheostat.commands import Loaded, check_computes, check_context, is_artifact, load
 from rheostat.config import Common, setting
 from rheostat.errors import bad_setting
 from rheostat.eval.ranks import Ranks, join
 from rheostat.eval.tables import task_notes, task_table, text_table
 from rheostat.folders import check_output
-from rheostat.report import to_json, write_whole
 from rheostat.terminal import ProgressDisplay, console
 
 if TYPE_CHECKING:
     import torch
 
-    from rheostat.adapted import Adapted
+    from rheostat.eval.profile import Profile
     from rheostat.eval.quality import Quality
-    from rheostat.meter import Meter
 
 DEFAULT_COMPUTE = (1.0, 0.9, 0.8, 0.7)
 DEFAULT_TEXT = "builtin:heldout"
@@ -65,7 +64,8 @@ class Config(Common):
     limit: int | None = setting(None, help="the first rows of each task only (default: all)")
     batch_tokens: int = setting(2048, help="tokens that a task's prompts may have together in one batch")
     run_code: bool = setting(False, help="allow tasks that run programs which the model writes")
-    out: str | None = setting(None, help="folder for report.json and pareto.png (default: none are written)")
+    passage: int = setting(96, help="tokens of each text that the report quotes with their price (0: no text in it)")
+    out: str | None = setting(None, help="folder for the report: report.json, .md, .html, pictures (default: none)")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -76,6 +76,8 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         SettingError: a setting is out of range, or the text or a task cannot be used.
     """
+    if config.passage < 0:
+        raise bad_setting("passage", config.passage, "0 or more tokens")
     if config.out is not None:
         _check_folder(Path(config.out))
     _check_tasks(config)
@@ -91,11 +93,13 @@ def run(config: Config) -> dict[str, Any]:
         raise SystemExit(0)  # the first process speaks for all
     _show(figures)
     if config.out is not None:
-        _write(Path(config.out), figures)
+        _write(config, figures)
     return figures
 
 
 def _figures(config: Config, ranks: Ranks) -> dict[str, Any]:
+    from rheostat.bases import base_facts
+    from rheostat.report.schema import FORMAT
     from rheostat.text import pack, read_texts
 
     loaded = load(config.model, config)
@@ -116,9 +120,13 @@ def _figures(config: Config, ranks: Ranks) -> dict[str, Any]:
         for name, source in names(sources).items()
     }
     dials = [c for c in dict.fromkeys(computes) if c != 1.0]
+    base = loaded.adapted.report.get("base") if loaded.is_artifact else base_facts(loaded.adapted.model)
     figures: dict[str, Any] = {
+        "format": FORMAT,
         "model": config.model,
         "method": loaded.adapted.method.to_dict(),
+        "base": base or {},
+        "geometry": loaded.adapted.geometry.to_dict(),
         "seed": config.seed,
         "texts": [],
         "tasks": [],
@@ -127,9 +135,9 @@ def _figures(config: Config, ranks: Ranks) -> dict[str, Any]:
         if config.tasks:  # first, because a task that cannot be read is told before long work
             figures["tasks"] = _measure_tasks(config, loaded, dials, ranks, progress)
         for name, windows in texts.items() if ranks.index == 0 else ():
-            rows = _measure(config, loaded.adapted, windows, dials, partial(_named, progress, name))
-            facts = {"name": name, "windows": len(windows), "length": config.length}
-            figures["texts"].append(facts | {"runs": rows})
+            facts = {"name": name, "windows": len(windows), "length": config.length, "digest": _digest(windows)}
+            facts |= _measure(config, loaded, windows, dials, partial(_named, progress, name))
+            figures["texts"].append(facts)
     if config.json or config.out is not None:
         figures["provenance"] = loaded.origin(config.seed)
     return figures
@@ -151,7 +159,7 @@ def _check_tasks(config: Config) -> None:
 def _measure_tasks(
     config: Config, loaded: Loaded, dials: Sequence[float], ranks: Ranks, progress: ProgressDisplay
 ) -> list[dict[str, Any]]:
-    """One entry for each task, with a row for the dense model and one for each dial."""
+    """One row for each task, setting and metric: the dense model's first, then the dials'."""
     from rheostat.eval.benchmarks import evaluate_tasks
 
     runs = evaluate_tasks(
@@ -167,11 +175,12 @@ def _measure_tasks(
         ranks=ranks,
         progress=_silent if ranks.index else progress,
     )
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for one in runs:
-        kind = "dial" if one.task in rows else "dense"  # each task's dense run comes first
-        rows.setdefault(one.task, []).append({"kind": kind} | one.to_dict())
-    return [{"name": name, "rows": found[0]["num_rows"], "runs": found} for name, found in rows.items()]
+    return [row for one in runs for row in one.to_rows()]
+
+
+def _digest(windows: torch.Tensor) -> str:
+    """Tells whether two reports are about the same tokens."""
+    return hashlib.sha256(windows.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def names(sources: Sequence[str]) -> dict[str, str]:
@@ -182,12 +191,14 @@ def names(sources: Sequence[str]) -> dict[str, str]:
 
 
 def _measure(
-    config: Config, adapted: Adapted, windows: torch.Tensor, dials: Sequence[float], progress: NamedProgress
-) -> list[dict[str, Any]]:
-    """Rows of one text: dense, then each dial followed by its baselines."""
+    config: Config, loaded: Loaded, windows: torch.Tensor, dials: Sequence[float], progress: NamedProgress
+) -> dict[str, Any]:
+    """`runs` of one text (dense, then each dial followed by its baselines), and where the dials spent."""
+    from rheostat.eval.profile import passage
     from rheostat.eval.quality import Run, evaluate
 
-    meters: dict[str, Meter] = {}
+    adapted = loaded.adapted
+    meters: dict[str, Profile] = {}
     runs = [Run(label=f"dial {compute:g}", compute=compute) for compute in dials]
     found = evaluate(adapted, windows, runs, meters=meters, progress=partial(progress, "dials"))
     rows = [_row(found[0], "dense")]
@@ -207,7 +218,13 @@ def _measure(
     for compute, quality in zip(dials, found[1:], strict=True):
         rows.append(_row(quality, "dial"))
         rows += [_row(scored[label], kind) for label, (kind, at, _) in rivals.items() if at == compute]
-    return rows
+    figures: dict[str, Any] = {"runs": rows}
+    uses = [(run_.compute, meters[run_.label].use()) for run_ in runs]
+    if found_uses := [{"asked": compute} | use for compute, use in uses if use is not None]:
+        figures["use"] = found_uses
+    if config.passage and dials:
+        figures["passage"] = passage(adapted, loaded.tokenizer, windows[0], dials, config.passage)
+    return figures
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -233,21 +250,31 @@ def _check_folder(out: Path) -> None:
         raise bad_setting("out", str(out), "a folder that can be written")
 
 
-def _write(out: Path, figures: dict[str, Any]) -> None:
-    written = [out / "report.json"]
-    write_whole(written[0], (to_json(figures, indent=2) + "\n").encode())
-    if figures["texts"]:  # what the picture shows
-        from rheostat.eval.plots import pareto
+def _write(config: Config, figures: dict[str, Any]) -> None:
+    from rheostat.report.writing import carried, write
 
-        written.append(out / "pareto.png")
-        pareto(figures, written[1])
-    console().print(f"\nwritten: {', '.join(map(str, written))}", soft_wrap=True)
+    out = Path(config.out or "")
+    files = write(out, figures | carried(out, figures))
+    console().print("\nwritten: " + ", ".join(map(str, files)), soft_wrap=True)
+    if (line := _refresh_card(Path(config.model), out)) is not None:
+        console().print(line, soft_wrap=True)
+
+
+def _refresh_card(model: Path, out: Path) -> str | None:
+    """Bring the artifact's model card up to date where the report lies in the artifact. Returns what to say of it."""
+    from rheostat.report.card import refresh
+
+    folder = model.expanduser()
+    if not is_artifact(str(model)) or out.resolve().parent != folder.resolve():
+        return None
+    return refresh(folder, out.resolve().name)
 
 
 def _show(figures: dict[str, Any]) -> None:
     for text in figures["texts"]:
         console().print(text_table(text))
-    for task in figures["tasks"]:
-        console().print(task_table(task))
-        for note in task_notes(task):
+    for name in dict.fromkeys(row["task"] for row in figures["tasks"]):
+        rows = [row for row in figures["tasks"] if row["task"] == name]
+        console().print(task_table(rows))
+        for note in task_notes(rows):
             console().print(note, soft_wrap=True)

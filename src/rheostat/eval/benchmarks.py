@@ -10,7 +10,7 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,9 +70,29 @@ class TaskRun:
     seconds: float
     metrics: Mapping[str, Metric]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON."""
-        return asdict(self)
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One row for each metric, as a report holds them."""
+        shared = {
+            "task": self.task,
+            "kind": "dense" if self.asked == 1 else "dial",
+            "compute": self.asked,
+            "spent": self.compute,
+            "rows": self.num_rows,
+        }
+        own = ("mode", "compute_with_context", "ffn_fraction", "flops", "num_requests", "num_truncated", "num_unended")
+        shared |= {name: getattr(self, name) for name in (*own, "seconds")}
+        return [
+            shared
+            | {
+                "metric": name,
+                "score": metric.score,
+                "stderr": metric.score_error,
+                "paired_difference": metric.difference,
+                "paired_stderr": metric.difference_error,
+                "higher_is_better": metric.higher_is_better,
+            }
+            for name, metric in self.metrics.items()
+        ]
 
 
 def evaluate_tasks(

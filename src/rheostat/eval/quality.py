@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from rheostat.adapted import Adapted
-from rheostat.meter import Meter
+from rheostat.errors import SettingError
+from rheostat.eval.profile import Profile
 from rheostat.methods.base import Progress, no_progress
 from rheostat.spending import spend
 
@@ -52,8 +53,17 @@ class Quality:
     """Perplexity divided by the dense model's."""
     accuracy: float
     """Share of positions whose most likely token is the text's."""
+    accuracy_error: float
+    """Standard error of `accuracy` less the dense model's, over windows (paired)."""
     agreement: float
     """Share of positions whose most likely token is the dense model's."""
+    agreement_error: float
+    """Standard error of `agreement`, over windows."""
+    flops_per_token: float
+    """FLOPs spent a token, attention over the window included."""
+    bytes_per_token: int | None
+    """Bytes that decoding one token, in a batch of one and after a full window, moves at this mean compute: weights
+    and cache, as `Method.cost` counts them from the sizes. None for methods whose cost it cannot tell."""
     num_tokens: int
     """Predicted tokens."""
     seconds: float
@@ -67,11 +77,13 @@ class Quality:
 class _Tally:
     """Sums over batches of one run."""
 
-    meter: Meter = field(default_factory=lambda: Meter(keep_passes=False))
+    meter: Profile = field(default_factory=lambda: Profile(keep_passes=False))
     losses: list[float] = field(default_factory=list)
     """One mean a window."""
-    right: int = 0
-    agreed: int = 0
+    right: list[int] = field(default_factory=list)
+    """Positions of each window whose most likely token is the text's."""
+    agreed: list[int] = field(default_factory=list)
+    """Positions of each window whose most likely token is the dense model's."""
     seconds: float = 0.0
 
 
@@ -83,7 +95,7 @@ def evaluate(
     *,
     batch_tokens: int = 2048,
     progress: Progress = no_progress,
-    meters: dict[str, Meter] | None = None,
+    meters: dict[str, Profile] | None = None,
 ) -> list[Quality]:
     """Score windows [N, T] dense and under each run; the dense model comes first in the result.
 
@@ -102,9 +114,9 @@ def evaluate(
     progress("scoring", len(windows), len(windows))
     if meters is not None:
         meters |= {run.label: tally.meter for run, tally in zip(runs, tallies, strict=True)}
-    num_tokens = windows.numel() - len(windows)
-    dense = tallies[0].losses
-    return [_quality(run, tally, dense, num_tokens) for run, tally in zip(runs, tallies, strict=True)]
+    return [
+        _quality(run, tally, tallies[0], adapted, windows.shape[1]) for run, tally in zip(runs, tallies, strict=True)
+    ]
 
 
 def _score(adapted: Adapted, batch: torch.Tensor, run: Run, tally: _Tally, best: torch.Tensor | None) -> torch.Tensor:
@@ -119,16 +131,18 @@ def _score(adapted: Adapted, batch: torch.Tensor, run: Run, tally: _Tally, best:
     mine = logits.argmax(-1)
     best = mine if best is None else best
     tally.losses += losses.view_as(targets).double().mean(1).tolist()
-    tally.right += int((mine == targets).sum())
-    tally.agreed += int((mine == best).sum())
+    tally.right += (mine == targets).sum(1).tolist()
+    tally.agreed += (mine == best).sum(1).tolist()
     return best
 
 
-def _quality(run: Run, tally: _Tally, dense: list[float], num_tokens: int) -> Quality:
-    mean = sum(tally.losses) / len(tally.losses)
-    gaps = [a - b for a, b in zip(tally.losses, dense, strict=True)]
-    gap = sum(gaps) / len(gaps)
-    spread = math.sqrt(sum((g - gap) ** 2 for g in gaps) / max(1, len(gaps) - 1) / len(gaps))
+def _quality(run: Run, tally: _Tally, dense: _Tally, adapted: Adapted, length: int) -> Quality:
+    num_windows = len(tally.losses)
+    num_tokens = num_windows * (length - 1)
+    gap, gap_error = _mean(a - b for a, b in zip(tally.losses, dense.losses, strict=True))
+    _, accuracy_error = _mean((a - b) / (length - 1) for a, b in zip(tally.right, dense.right, strict=True))
+    _, agreement_error = _mean(count / (length - 1) for count in tally.agreed)
+    loss, _ = _mean(tally.losses)
     meter = tally.meter
     return Quality(
         label=run.label,
@@ -136,12 +150,39 @@ def _quality(run: Run, tally: _Tally, dense: list[float], num_tokens: int) -> Qu
         compute=meter.compute,
         compute_with_context=meter.compute_with_context,
         ffn_fraction=meter.ffn_fraction,
-        loss=mean,
-        loss_error=spread,
-        perplexity=math.exp(mean),
+        loss=loss,
+        loss_error=gap_error,
+        perplexity=math.exp(loss),
         ratio=math.exp(gap),
-        accuracy=tally.right / num_tokens,
-        agreement=tally.agreed / num_tokens,
+        accuracy=sum(tally.right) / num_tokens,
+        accuracy_error=accuracy_error,
+        agreement=sum(tally.agreed) / num_tokens,
+        agreement_error=agreement_error,
+        flops_per_token=meter.cost.flops.total / meter.tokens,
+        bytes_per_token=decode_bytes(adapted, meter.compute, length),
         num_tokens=num_tokens,
         seconds=tally.seconds,
     )
+
+
+def _mean(values: Iterable[float]) -> tuple[float, float]:
+    """The mean and its standard error (0 for a single value, of which nothing is known)."""
+    values = list(values)
+    mean = sum(values) / len(values)
+    squares = sum((value - mean) ** 2 for value in values)
+    return mean, math.sqrt(squares / max(1, len(values) - 1) / len(values))
+
+
+def decode_bytes(adapted: Adapted, compute: float, past: int) -> int | None:
+    """Bytes that decoding one token moves after `past` cached ones, in a batch of one, at a mean `compute`.
+
+    None where the method cannot tell: several dials in a chain are known by measurement only.
+    """
+    method, geometry = adapted.method, adapted.geometry
+    reachable = min(1.0, max(method.floor(geometry), compute))  # baselines have no routers, so they end a bit lower
+    itemsize = adapted.dtype.itemsize
+    try:
+        cost = method.cost(geometry, compute=reachable, num_tokens=1, past=past, num_logits=1, itemsize=itemsize)
+    except SettingError:
+        return None
+    return cost.bytes.total

@@ -22,22 +22,21 @@ def text_table(text: Mapping[str, Any]) -> Table:
     return table
 
 
-def task_table(task: Mapping[str, Any]) -> Table:
-    """The runs of one task; a line for each metric."""
-    table = _table(f"{task['name']}: {task['rows']:,} rows, {task['runs'][0]['mode']}", TASK_HEADINGS)
-    for row in task["runs"]:
-        for name, metric in row["metrics"].items():
-            table.add_row(*_task_cells(row, name, metric))
+def task_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows of one task, as a report holds them: a line for each setting and metric."""
+    table = _table(f"{rows[0]['task']}: {rows[0]['rows']:,} rows, {rows[0]['mode']}", TASK_HEADINGS)
+    for row in rows:
+        table.add_row(*_task_cells(row))
     return table
 
 
-def task_notes(task: Mapping[str, Any]) -> list[str]:
-    """What a reader of the table has to know about its rows."""
-    first, notes = task["runs"][0], []
-    if cut := first["num_truncated"]:
-        notes.append(f"{cut:,} of {first['num_requests']:,} contexts cut on the left to what the model reads")
-    unended = [(row["asked"], row["num_unended"]) for row in task["runs"] if row["num_unended"]]
-    return notes + [f"at {asked:g}, the limit of tokens ended {count:,} answers" for asked, count in unended]
+def task_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader of that table has to know about it."""
+    notes = []
+    if cut := rows[0]["num_truncated"]:
+        notes.append(f"{cut:,} of {rows[0]['num_requests']:,} contexts cut on the left to what the model reads")
+    unended = {row["compute"]: row["num_unended"] for row in rows if row["num_unended"]}
+    return notes + [f"at {asked:g}, the limit of tokens ended {count:,} answers" for asked, count in unended.items()]
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:
@@ -66,17 +65,17 @@ def _text_cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _task_cells(row: Mapping[str, Any], name: str, metric: Mapping[str, Any]) -> list[str]:
-    difference = "0" if row["kind"] == "dense" else _with_error(metric["difference"], metric["difference_error"], "+")
+def _task_cells(row: Mapping[str, Any]) -> list[str]:
+    is_dense = row["kind"] == "dense"
     return [
         row["kind"],
-        f"{row['asked']:g}",
-        f"{row['compute']:.3f}",
+        f"{row['compute']:g}",
+        f"{row['spent']:.3f}",
         f"{row['ffn_fraction']:.0%}",
-        name,
-        _with_error(metric["score"], metric["score_error"]),
-        difference,
-        f"{row['num_rows'] / row['seconds']:,.1f}",
+        row["metric"],
+        _with_error(row["score"], row["stderr"]),
+        "0" if is_dense else _with_error(row["paired_difference"], row["paired_stderr"], "+"),
+        f"{row['rows'] / row['seconds']:,.1f}",
     ]
 
 

@@ -1,0 +1,97 @@
+"""Where a run spent its compute: experts by layer, width by place in the window, and token by token on a passage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rheostat.adapted import Adapted
+from rheostat.meter import Meter
+from rheostat.spending import spend
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NUM_BINS = 32
+"""Of positions, at most."""
+DIGITS = 4
+"""Of a share in a report: more would be noise, and a report has thousands of them."""
+
+
+@dataclass
+class Profile(Meter):
+    """A meter that also adds up widths by layer and position. Every row of every pass begins at position 0."""
+
+    position_channels: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Layer -> [T] int64, channels computed at each position, summed over rows and passes."""
+    num_rows: int = 0
+    _newest: torch.Tensor | int = field(default=0, repr=False)
+    """Widths whose layer is not known yet."""
+
+    def open_pass(self, phase: str, valid: torch.Tensor, num_layers: int, ffn_size: int) -> None:
+        """A forward pass begins on the tokens marked in `valid` [B, T]."""
+        super().open_pass(phase, valid, num_layers, ffn_size)
+        self.num_rows += len(valid)
+        self._newest = 0
+
+    def widths(self, channels: torch.Tensor | int) -> None:
+        """FFN channels [B, T] that one layer computed; a routed layer calls `experts` right after."""
+        super().widths(channels)
+        self._newest = channels
+
+    def experts(self, layer: int, counts: torch.Tensor, sizes: torch.Tensor) -> None:
+        """How many tokens [E] took each expert of `layer`."""
+        super().experts(layer, counts, sizes)
+        if isinstance(self._newest, torch.Tensor):
+            sums = self._newest.sum(0)
+            old = self.position_channels.get(layer)
+            self.position_channels[layer] = sums if old is None else old + sums
+
+    def use(self) -> dict[str, Any] | None:
+        """Experts by layer and widths by position, as `report.json` holds them; None where nothing was routed, or
+        where layers have other experts than their neighbours."""
+        layers = sorted(self.expert_counts)
+        sizes = [self._sizes[layer].tolist() for layer in layers]
+        if not layers or any(one != sizes[0] for one in sizes):
+            return None
+        counts = [self.expert_counts[layer].double() for layer in layers]
+        found: dict[str, Any] = {
+            "widths": [size / self.ffn_size for size in sizes[0]],
+            "shares": [_rounded(one / one.sum().clamp(min=1)) for one in counts],
+        }
+        if len(self.position_channels) == len(layers):
+            found["positions"] = self._positions(layers)
+        return found
+
+    def _positions(self, layers: Sequence[int]) -> dict[str, Any]:
+        length = len(self.position_channels[layers[0]])
+        step = -(-length // NUM_BINS)
+        starts = list(range(0, length, step))
+        width = []
+        for layer in layers:
+            parts = (self.position_channels[layer].double() / (self.num_rows * self.ffn_size)).split(step)
+            width.append([round(float(part.mean()), DIGITS) for part in parts])
+        return {"starts": starts, "width": width}
+
+
+def _rounded(values: torch.Tensor) -> list[float]:
+    return [round(value, DIGITS) for value in values.tolist()]
+
+
+@torch.inference_mode()
+def passage(
+    adapted: Adapted, tokenizer: PreTrainedTokenizerBase, window: torch.Tensor, dials: Sequence[float], num_tokens: int
+) -> dict[str, Any]:
+    """The first `num_tokens` tokens of a window [T] as text, and what each cost at each of `dials`."""
+    ids = window[:num_tokens]
+    rows = []
+    for compute in dials:
+        with spend(compute) as meter:
+            adapted(input_ids=ids[None].to(adapted.device), use_cache=False)
+        widths = [round(width, DIGITS) for width in meter.token_fractions()]
+        rows.append({"asked": compute, "compute": meter.compute, "widths": widths})
+    tokens = [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids.tolist()]
+    return {"tokens": tokens, "rows": rows}
