@@ -9,8 +9,10 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 LONG = timedelta(days=7)
 """How long the others wait for the main process: fits take minutes to hours, and a dead process is noticed anyway."""
@@ -65,6 +67,8 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     wanted = list(parameters)
     if not wanted:
         return
+    import torch
+
     has = torch.tensor([p.grad is not None for p in wanted], dtype=torch.float32, device=wanted[0].device)
     torch.distributed.all_reduce(has)
     for parameter, holders in zip(wanted, has.tolist(), strict=True):
