@@ -69,6 +69,7 @@ def tiny_windows(num: int = 12, length: int = 32, seed: int = 0) -> torch.Tensor
 def tiny_adapted(family: str = "llama", seed: int = 0, **settings: object) -> Adapted:
     """A tiny model with DynaMoE solved in closed form and its dial measured."""
     defaults: dict[str, object] = {"tile": 4, "router_width": 8, "router_steps": 30}
+    defaults |= {"router_loss_share": 1.0, "distill_weight": 1.0}  # so that every step of training is alike
     adapted = Adapted(tiny_model(family, seed), DynaMoE(**(defaults | settings)))  # type: ignore[arg-type]
     adapted.method.fit(adapted.model, tiny_windows(), generator=torch.Generator().manual_seed(0))
     adapted.dial = calibrate(adapted, tiny_windows(seed=1))

@@ -7,15 +7,15 @@ from rich.console import Console
 from rheostat.eval.tables import task_notes, task_table
 
 
-def run(kind: str, difference: float, error: float | None, **fields: object) -> dict:
-    metric = {"score": 0.5, "score_error": error, "difference": difference, "difference_error": error}
-    counts = {"num_rows": 8, "num_requests": 32, "num_truncated": 0, "num_unended": 0, "seconds": 2.0}
-    spent = {"asked": 0.8, "compute": 0.75, "ffn_fraction": 0.6, "mode": "prefill+score"}
-    return {"kind": kind, **spent, **counts, "metrics": {"acc": metric}, **fields}
+def row(kind: str, difference: float, error: float | None, **fields: object) -> dict:
+    score = {"metric": "acc", "score": 0.5, "stderr": error, "paired_difference": difference, "paired_stderr": error}
+    counts = {"rows": 8, "num_requests": 32, "num_truncated": 0, "num_unended": 0, "seconds": 2.0}
+    spent = {"compute": 0.8, "spent": 0.75, "ffn_fraction": 0.6, "mode": "prefill+score"}
+    return {"task": "hellaswag", "kind": kind, **spent, **counts, **score, **fields}
 
 
 def test_the_table_of_a_task():
-    task = {"name": "hellaswag", "rows": 8, "runs": [run("dense", 0.0, 0.125), run("dial", -0.25, None)]}
+    task = [row("dense", 0.0, 0.125), row("dial", -0.25, None)]
     stream = io.StringIO()
     Console(file=stream, width=120).print(task_table(task))
     title, headings, dense, dial = (line.split() for line in stream.getvalue().splitlines())
@@ -26,9 +26,8 @@ def test_the_table_of_a_task():
 
 
 def test_notes():
-    quiet = {"runs": [run("dense", 0, 0)]}
-    assert task_notes(quiet) == []
-    loud = {"runs": [run("dense", 0, 0, num_truncated=3), run("dial", 0, 0, num_truncated=3, num_unended=2)]}
+    assert task_notes([row("dense", 0, 0)]) == []
+    loud = [row("dense", 0, 0, num_truncated=3), row("dial", 0, 0, num_truncated=3, num_unended=2)]
     assert task_notes(loud) == [
         "3 of 32 contexts cut on the left to what the model reads",
         "at 0.8, the limit of tokens ended 2 answers",

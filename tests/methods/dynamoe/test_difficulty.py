@@ -28,7 +28,8 @@ def damage(
 def test_the_whole_does_no_damage(name):
     torch.testing.assert_close(damage(name, FULL), torch.zeros(N), rtol=0, atol=1e-6)
     assert damage(name, SMALL).shape == (N,)
-    assert bool((damage(name, SMALL).abs() > 1e-6).all())
+    assert bool((damage(name, SMALL) >= 0).all())
+    assert bool((damage(name, SMALL) > 1e-6).any())
 
 
 @every

@@ -39,7 +39,8 @@ def loss(
     logits = model(**batch, use_cache=False).logits
     total, parts = language_loss(logits, batch, teacher_logits, method.distill_weight)
     # When the model has diverged there is nothing to label, and the trainer will say so.
-    is_lesson = method.router_loss_weight > 0 and float(torch.rand(())) < method.router_loss_share
+    share = 1.0 if method.trained == "routers" else method.router_loss_share  # else a step might have nothing to learn
+    is_lesson = method.router_loss_weight > 0 and float(torch.rand(())) < share
     if is_lesson and bool(torch.isfinite(total.detach())):
         routers = _routers_loss(method, model, batch)
         total = total + method.router_loss_weight * routers
