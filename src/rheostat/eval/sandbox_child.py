@@ -58,8 +58,8 @@ SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000
 
 
 def main(settings: dict[str, Any]) -> NoReturn:
-    """The launcher. `settings`: the descriptors `source`, `nonce` and `report`, the limits `seconds` and
-    `memory_bytes`, which layers to try (`kernel`, `guard`), `guard_file`, and `started_by_root`."""
+    """The launcher. `settings`: the descriptors `source`, `nonce` and `report`, the limits `seconds`, `wall_seconds`
+    and `memory_bytes`, which layers to try (`kernel`, `guard`), `guard_file`, and `started_by_root`."""
     libc = ctypes.CDLL(None, use_errno=True)
     layers = enter_namespaces(libc) if settings["kernel"] else []
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -95,13 +95,15 @@ def keep(libc: Any, settings: dict[str, Any], layers: list[str]) -> int:
     runner = os.fork()
     if runner == 0:
         leave(lambda: run(libc, settings, layers))
-    deadline = time.monotonic() + settings["seconds"]
+    deadline = time.monotonic() + settings["wall_seconds"]
     result = EXIT_TIMEOUT
     while time.monotonic() < deadline:
-        pid, status = os.waitpid(-1, os.WNOHANG)  # any: orphans of the runner end up here too
+        pid, status, used = os.wait4(-1, os.WNOHANG)  # any: orphans of the runner end up here too
         if pid == runner:
-            # Our own statuses are not the program's to give.
             code = os.waitstatus_to_exitcode(status)
+            if code < 0 and used.ru_utime + used.ru_stime >= settings["seconds"]:
+                break  # by the limit on processor time, whatever the program did about its signal
+            # Our own statuses are not the program's to give.
             result = exit_status(status) if code <= 0 or code == EXIT_MEMORY else 1
             break
         if pid == 0:
@@ -167,10 +169,9 @@ def limit(settings: dict[str, Any], is_apart: bool) -> None:
         is_apart: the program's processes are counted on their own, not together with all others of the user.
     """
     num_others = 0 if is_apart else int(Path("/proc/loadavg").read_text().split()[3].split("/")[1])
-    seconds = math.ceil(settings["seconds"]) + 1  # behind the keeper's clock
     for what, value in (
         (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_CPU, math.ceil(settings["seconds"])),
         (resource.RLIMIT_FSIZE, FILE_BYTES),
         (resource.RLIMIT_NOFILE, NUM_FILES),
         (resource.RLIMIT_NPROC, NUM_PROCESSES + num_others),
