@@ -223,6 +223,7 @@ def test_eating_memory(source: str):
 
 def test_memory_is_enough_for_ordinary_programs():
     assert run("x = bytearray(2**25)", memory_mb=sandbox.MIN_MEMORY_MB * 2).passed
+    assert run("import re, math, collections", memory_mb=sandbox.MIN_MEMORY_MB).passed
 
 
 @pytest.mark.parametrize("stream", ["open('big', 'w')", "sys.stderr"])

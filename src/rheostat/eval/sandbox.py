@@ -87,7 +87,7 @@ def run_program(
     Args:
         seconds: processor time for the program, in effect rounded up to whole seconds; on the wall clock it may take
             `WALL_FACTOR` times as long. The start of the interpreter is not counted.
-        memory_mb: address space of each process, in MiB (2^20 bytes), the interpreter's own of about 30 included.
+        memory_mb: address space of each process, in MiB (2^20 bytes), the interpreter's own of about 20 included.
         kernel: try the layers that the kernel holds up. Off only to test the others.
         guard: install the guard. Off only to test the others.
 

@@ -42,14 +42,8 @@ SPARE_BYTES = 4 * 2**20
 """Given back before a report, so that there is room to write one."""
 
 # From Linux's headers.
-NEW_FILES, NEW_HOST, NEW_IPC, NEW_USER, NEW_PROCESSES, NEW_NETWORK = (
-    0x00020000,
-    0x04000000,
-    0x08000000,
-    0x10000000,
-    0x20000000,
-    0x40000000,
-)
+NEW_FILES, NEW_HOST, NEW_IPC = 0x00020000, 0x04000000, 0x08000000
+NEW_USER, NEW_PROCESSES, NEW_NETWORK = 0x10000000, 0x20000000, 0x40000000
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 8, 36, 38
 CAP_DAC_READ_SEARCH, CAP_SETGID, CAP_SETUID = 2, 6, 7
 CAPABILITY_VERSION = 0x20080522
@@ -116,12 +110,19 @@ def keep(libc: Any, settings: dict[str, Any], layers: list[str]) -> int:
 def end_descendants() -> None:
     """Kill all children, and the orphans that become ours while we do."""
     while True:
-        for pid in Path("/proc/thread-self/children").read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
         try:
-            os.waitpid(-1, 0)
+            pid, _ = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             return
+        if pid:
+            continue
+        try:
+            children = Path("/proc/thread-self/children").read_text().split()
+        except OSError:  # some kernels have no such list
+            return
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
 
 
 # -- layers that the kernel holds up
@@ -235,27 +236,17 @@ def run(libc: Any, settings: dict[str, Any], layers: list[str]) -> int:
     is_user = drop_rights(libc) if settings["kernel"] else False
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # not before: a change of user clears it
     found = [*layers, *(["user"] if is_user else []), "limits", *(["guard"] if settings["guard"] else [])]
-    module = types.ModuleType(
-        "program"
-    )  # not `__main__`: what is under that test is not run, as in the published harnesses
-    sys.modules["program"] = module
+    # Not `__main__`: what is under that test does not run, as in the published harnesses.
+    module = sys.modules["program"] = types.ModuleType("program")
     del sys.modules["ctypes"], sys.modules["_ctypes"]
     os.environ.clear()
     # What the report needs is taken now, because the program may replace anything that it can name.
-    pid, getpid, read, write, leave_now, execute, translate = (
-        os.getpid(),
-        os.getpid,
-        os.read,
-        os.write,
-        os._exit,
-        exec,
-        compile,
-    )
-    texts = list(zip(("<program>", "<tests>"), parts, strict=True))
+    pid, getpid, read, write, leave_now = os.getpid(), os.getpid, os.read, os.write, os._exit
+    execute, translate, texts = exec, compile, list(zip(("<program>", "<tests>"), parts, strict=True))
     report, nonce, spare = settings["report"], settings["nonce"], bytearray(SPARE_BYTES)
-    write(report, f"layers {' '.join(found)}\n".encode())
     guard, folder = load(settings["guard_file"]), os.path.realpath(os.getcwd())
     limit(settings, is_apart="namespaces" in layers or (is_user and settings["started_by_root"]))
+    write(report, f"layers {' '.join(found)}\n".encode())  # from here on, what goes wrong is the program's
     if settings["guard"]:
         sys.addaudithook(guard.make_guard(folder))
     try:
