@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rheostat.errors import SettingError
-from rheostat.eval import sandbox, sandbox_child
+from rheostat.eval import sandbox, sandbox_child, sandbox_guard
 from rheostat.eval.sandbox import Outcome, Status, run_program
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox is for Linux")
@@ -384,6 +384,15 @@ def test_a_sandbox_that_does_not_start_is_no_failed_program(monkeypatch: pytest.
     monkeypatch.setattr(sandbox_child, "__file__", str(broken))
     with pytest.raises(RuntimeError, match=r"did not start \(exit status 1\): OSError: no room"):
         run("")
+
+
+def test_the_sandboxs_own_start_is_not_the_programs_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        f"import time\ntime.sleep(3)\n{Path(sandbox_guard.__file__).read_text().split('annotations', 1)[1]}"
+    )
+    monkeypatch.setattr(sandbox_guard, "__file__", str(slow))
+    assert run("", seconds=0.5).passed  # up to 2.5 seconds on the wall clock
 
 
 def test_several_at_once():

@@ -86,12 +86,17 @@ def keep(libc: Any, settings: dict[str, Any], layers: list[str]) -> int:
     """The keeper: start the runner and wait for it, not longer than the program may take."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    ready, started = os.pipe()  # closed where the program starts: what comes before is not its time
     runner = os.fork()
     if runner == 0:
-        leave(lambda: run(libc, settings, layers))
-    deadline = time.monotonic() + settings["wall_seconds"]
+        leave(lambda: run(libc, settings, layers, started))
+    os.close(started)
+    os.set_blocking(ready, False)
+    deadline = math.inf  # the sandbox's own, until then, is kept outside
     result = EXIT_TIMEOUT
     while time.monotonic() < deadline:
+        if deadline == math.inf and is_closed(ready):
+            deadline = time.monotonic() + settings["wall_seconds"]
         pid, status, used = os.wait4(-1, os.WNOHANG)  # any: orphans of the runner end up here too
         if pid == runner:
             code = os.waitstatus_to_exitcode(status)
@@ -105,6 +110,14 @@ def keep(libc: Any, settings: dict[str, Any], layers: list[str]) -> int:
     if "namespaces" not in layers:
         end_descendants()
     return result  # with the first of its processes, the kernel ends all of a process namespace
+
+
+def is_closed(pipe: int) -> bool:
+    """Whether nobody has the other end of an empty pipe any more."""
+    try:
+        return not os.read(pipe, 1)
+    except BlockingIOError:
+        return False
 
 
 def end_descendants() -> None:
@@ -228,8 +241,8 @@ def is_python_public() -> bool:
 # -- the program
 
 
-def run(libc: Any, settings: dict[str, Any], layers: list[str]) -> int:
-    """The runner: limits and guard, then the program, then the report."""
+def run(libc: Any, settings: dict[str, Any], layers: list[str], started: int) -> int:
+    """The runner: limits and guard, then the program, then the report. Closes `started` between them."""
     os.setsid()
     with open(settings["source"], encoding="utf-8") as file:
         parts: list[str] = json.load(file)
@@ -249,6 +262,7 @@ def run(libc: Any, settings: dict[str, Any], layers: list[str]) -> int:
     write(report, f"layers {' '.join(found)}\n".encode())  # from here on, what goes wrong is the program's
     if settings["guard"]:
         sys.addaudithook(guard.make_guard(folder))
+    os.close(started)
     try:
         for name, text in texts:
             execute(translate(text, name, "exec", dont_inherit=True), module.__dict__)
