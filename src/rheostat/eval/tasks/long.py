@@ -46,6 +46,8 @@ OPEN = (
 )
 STOPS = ["\nQuestion:", "\nInstruction:", "\nUSER:"]
 CLOSED_TOKENS, OPEN_TOKENS = 64, 512
+RIGHT_LETTER = re.compile(r"\s*\(([A-D])\)")
+"""How the answers in the file begin."""
 LETTER = re.compile(r"(?<![A-Za-z])[A-D](?![A-Za-z])")
 
 
@@ -65,8 +67,8 @@ def _open_prompt(document: str, question: str, answer: str) -> str:
 
 
 def _mark_choice(row: Mapping[str, Any], results: list[str]) -> dict[str, float]:
-    wanted, found = LETTER.search(row["target"]), LETTER.search(results[0])
-    return {"exact_match": float(found is not None and wanted is not None and found[0] == wanted[0])}
+    wanted, found = RIGHT_LETTER.match(row["target"]), LETTER.search(results[0])
+    return {"exact_match": float(found is not None and wanted is not None and found[0] == wanted[1])}
 
 
 def _mark_topic(row: Mapping[str, Any], results: list[str]) -> dict[str, float]:
@@ -90,8 +92,8 @@ def _document(row: Row) -> Row:
     questions, answers = strings(row, "instructions"), strings(row, "outputs")
     if len(questions) != len(answers):
         raise ValueError(f"{len(questions)} instructions and {len(answers)} outputs")
-    if row["task"] == "quality" and not all(LETTER.search(answer) for answer in answers):
-        raise ValueError("an output has no letter from A to D")
+    if row["task"] == "quality" and not all(RIGHT_LETTER.match(answer) for answer in answers):
+        raise ValueError("an output does not begin with a letter from (A) to (D)")
     pairs = list(zip(questions, answers, strict=True))
     return {"task": string(row, "task"), "document": string(row, "input"), "pairs": pairs}
 
