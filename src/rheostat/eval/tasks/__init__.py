@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING
 
 from rheostat.eval.tasks.choice import CHOICE_TASKS
 from rheostat.eval.tasks.language import LANGUAGE_TASKS
+from rheostat.eval.tasks.long import LONG_TASKS
+from rheostat.eval.tasks.programs import PROGRAM_TASKS
+from rheostat.eval.tasks.reading import READING_TASKS
+from rheostat.eval.tasks.sums import SUM_TASKS
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -18,6 +22,5 @@ if TYPE_CHECKING:
 Builder = Callable[[Path], "list[Task]"]
 """From the data folder to tasks; raises a `SettingError` where a file is missing."""
 
-# A further file of tasks adds its table to this one: `CHOICE_TASKS | LANGUAGE_TASKS | READING_TASKS | ...`.
-TASKS: dict[str, Builder] = CHOICE_TASKS | LANGUAGE_TASKS
+TASKS: dict[str, Builder] = CHOICE_TASKS | LANGUAGE_TASKS | READING_TASKS | SUM_TASKS | PROGRAM_TASKS | LONG_TASKS
 """Name -> builder, in the order in which they are listed to the user."""
