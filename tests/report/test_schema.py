@@ -31,7 +31,7 @@ def test_a_report_without_a_format_is_read_as_format_0():
 
 
 def test_the_report_in_the_documentation_is_read():
-    found = [read(path) for path in sorted((DOCS / "figures").glob("demo-*.json"))]
+    found = [read(path) for path in sorted((DOCS / "figures").glob("closed-*.json"))]
     assert found
     assert all(one["texts"] for one in found)
 
