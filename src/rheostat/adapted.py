@@ -107,6 +107,11 @@ class Adapted(nn.Module):
         self.method.detach(self.model)
         return self.model
 
+    @property
+    def hook_ids(self) -> frozenset[int]:
+        """Of the hooks set on the host, as `torch` numbers them."""
+        return frozenset(handle.id for handle in self._handles)
+
     # -- hooks
 
     def _open_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
