@@ -25,7 +25,7 @@ LAYERS = (
     ("meter",),
     ("spending", "families"),
     ("text", "models", "sampling", "losses", "bases"),
-    ("runtime.weights",),
+    ("runtime.weights", "kernels.*"),
     ("methods.base",),
     ("methods.*",),
     ("methods",),

@@ -29,7 +29,9 @@ def check_floats(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...])
     )
     if not fits or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise bad_setting(name, f"{tensor.dtype} {tuple(tensor.shape)} {tensor.device}", f"float32 [{wanted}] on the CPU")
+        raise bad_setting(
+            name, f"{tensor.dtype} {tuple(tensor.shape)} {tensor.device}", f"float32 [{wanted}] on the CPU"
+        )
     return tensor.detach().contiguous()
 
 

@@ -10,10 +10,19 @@ from collections.abc import Sequence
 
 import torch
 
-from rheostat.cost import Cost, attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
+from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
 from rheostat.geometry import Geometry
 from rheostat.meter import Meter
 from rheostat.runtime.weights import DecoderWeights
+
+
+class Tally:
+    """How many tokens took each expert, over the passes of one batch: rows of one tensor, so that a step adds to all
+    at once. The meter holds the rows."""
+
+    def __init__(self) -> None:
+        self.totals = torch.zeros(0)
+        self.views: list[torch.Tensor] = []
 
 
 class Biller:
@@ -32,8 +41,6 @@ class Biller:
         self.num_experts = [len(ffn.sizes) for ffn in ffns]
         self.router_weights = sum(ffn.router.num_weights for ffn in ffns if ffn.router is not None)
         self._kinds = Counter(geometry.windows or (0,) * geometry.num_layers)
-        self._totals: torch.Tensor | None = None
-        self._views: list[torch.Tensor] = []
         fixed = attention_weight_bytes(geometry, itemsize) + ffn_cost(geometry, 0, self.num_plain, itemsize)
         self._per_pass = fixed + head_cost(geometry, 0, itemsize)
         self._per_token = (
@@ -44,7 +51,12 @@ class Biller:
         )
 
     def prefill(
-        self, meter: Meter, valid: torch.Tensor, lengths: Sequence[int], experts: Sequence[torch.Tensor] | None
+        self,
+        meter: Meter,
+        tally: Tally,
+        valid: torch.Tensor,
+        lengths: Sequence[int],
+        experts: Sequence[torch.Tensor] | None,
     ) -> None:
         """One pass over prompts that stood at `valid` [B, T]; experts of the packed tokens [N] for each routed layer,
         or None where all took the full FFN."""
@@ -61,12 +73,14 @@ class Biller:
         widths = torch.full((num_tokens,), full * self.num_plain)
         if self.routed:
             chosen = torch.stack(list(experts)) if experts else self.full[:, None].expand(-1, num_tokens)
-            widths = widths + self._experts(meter, chosen[None], is_routed=experts is not None)[0]
+            widths = widths + self._experts(meter, tally, chosen[None], is_routed=experts is not None)[0]
         channels = torch.zeros(valid.shape, dtype=torch.int64)
         channels[valid] = widths
         meter.widths(channels)
 
-    def steps(self, meter: Meter, pasts: torch.Tensor, experts: torch.Tensor | None, num_steps: int) -> None:
+    def steps(
+        self, meter: Meter, tally: Tally, pasts: torch.Tensor, experts: torch.Tensor | None, num_steps: int
+    ) -> None:
         """`num_steps` decode steps in a row.
 
         Args:
@@ -84,7 +98,7 @@ class Biller:
         if self.routed:
             shape = (num_steps, len(self.routed), num_rows)
             chosen = self.full[None, :, None].expand(shape) if experts is None else experts[:, self.routed]
-            widths = widths + self._experts(meter, chosen, is_routed=experts is not None)
+            widths = widths + self._experts(meter, tally, chosen, is_routed=experts is not None)
         records = meter.passes[first:] if meter.keep_passes else meter.passes[-1:]
         if meter.counts_widths:
             for record, row in zip(records, widths[-len(records) :], strict=True):
@@ -100,7 +114,7 @@ class Biller:
         num_bytes = more * self.geometry.kv_values * self.itemsize
         meter.add("scores", flops, num_bytes, flops, num_bytes)
 
-    def _experts(self, meter: Meter, chosen: torch.Tensor, *, is_routed: bool) -> torch.Tensor:
+    def _experts(self, meter: Meter, tally: Tally, chosen: torch.Tensor, *, is_routed: bool) -> torch.Tensor:
         """Bill experts [n, R, N] of n passes; returns the channels [n, N] over all routed layers."""
         num_passes, num_layers, num_tokens = chosen.shape
         hidden_size, most = self.geometry.hidden_size, self.sizes.shape[1]
@@ -121,19 +135,19 @@ class Biller:
         if is_routed:
             router = self.router_weights * num_passes
             meter.add("router", 2 * router * num_tokens, router * self.itemsize, 0, 0)
-        self._count(meter, counts.sum(0))
+        self._count(meter, tally, counts.sum(0))
         return channels.view(num_layers, num_passes, num_tokens).sum(0)
 
-    def _count(self, meter: Meter, counts: torch.Tensor) -> None:
-        """Add experts [R, E] to the meter's. Ours are rows of one tensor, so that a step adds to all at once."""
+    def _count(self, meter: Meter, tally: Tally, counts: torch.Tensor) -> None:
+        """Add experts [R, E] to the meter's."""
         if not meter.counts_widths:
             return
         held = [meter.expert_counts.get(place) for place in self.routed]
-        if self._totals is None or any(a is not b for a, b in zip(held, self._views, strict=True)):
-            self._totals = torch.zeros_like(self.sizes)
-            self._views = [row[:number] for row, number in zip(self._totals, self.num_experts, strict=True)]
-            for place, view, old, sizes in zip(self.routed, self._views, held, self.sizes, strict=True):
+        if len(tally.views) != len(held) or any(a is not b for a, b in zip(held, tally.views, strict=True)):
+            tally.totals = torch.zeros_like(self.sizes)
+            tally.views = [row[:number] for row, number in zip(tally.totals, self.num_experts, strict=True)]
+            for place, view, old, sizes in zip(self.routed, tally.views, held, self.sizes, strict=True):
                 view += 0 if old is None else old
                 meter.experts(place, torch.zeros_like(view), sizes[: len(view)])
                 meter.expert_counts[place] = view
-        self._totals += counts
+        tally.totals += counts

@@ -53,11 +53,12 @@ def build(model: Any, hooks: frozenset[int] = frozenset()) -> DecoderWeights:
         raise Unsupported(f"rotary positions of the kind {getattr(rotary, 'rope_type', None)}")
     first = families.layers(model)[0]
     attention: Any = first.self_attn
+    embedding, out = _embedding(decoder.embed_tokens), _linear(head, biases=False, hooks=hooks)[0]
     return DecoderWeights(
-        embedding=_embedding(decoder.embed_tokens),
+        embedding=embedding,
         layers=tuple(_layer(model, layer) for layer in families.layers(model)),
         final_norm=_norm(decoder.norm),
-        head=_linear(head, biases=False, hooks=hooks)[0],
+        head=embedding if _is_tied(embedding, out) else out,
         inv_freq=rotary.inv_freq,  # type: ignore[arg-type]
         rope_scale=float(rotary.attention_scaling),  # type: ignore[arg-type]
         num_heads=config.num_attention_heads,
@@ -70,10 +71,13 @@ def build(model: Any, hooks: frozenset[int] = frozenset()) -> DecoderWeights:
     )
 
 
-def parameters(model: Any) -> tuple[tuple[int, int], ...]:
-    """Where each tensor of the model is and how often it was written: differs once weights may have changed."""
+def stamp(model: Any, weights: DecoderWeights) -> tuple[Any, ...]:
+    """What differs once a model may compute something else: where each of its tensors is, how often it was written,
+    and the integers of the layers."""
     tensors = (*model.parameters(), *model.buffers())
-    return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in tensors)
+    written = tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in tensors)
+    shape = tuple((one.window, one.ffn.sizes, len(one.ffn.downs)) for one in weights.layers)
+    return (written, shape, weights.attention_scale, weights.rope_scale)
 
 
 def _layer(model: Any, layer: Any) -> LayerWeights:
@@ -145,6 +149,10 @@ def _embedding(module: nn.Module) -> torch.Tensor:
         raise Unsupported(f"an embedding of the kind {type(module).__name__}")
     _check_hooks(module)
     return module.weight.detach()
+
+
+def _is_tied(embedding: torch.Tensor, head: torch.Tensor) -> bool:
+    return embedding.data_ptr() == head.data_ptr() and embedding.shape == head.shape
 
 
 def _norm(module: Any) -> torch.Tensor:

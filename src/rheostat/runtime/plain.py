@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from rheostat.kernels import PackedMatrix, few_rows
 from rheostat.runtime.cache import KVCache
 from rheostat.runtime.rope import RopeTable, rotate
 from rheostat.runtime.weights import DecoderWeights, FFNWeights, LayerWeights, Matrix, RouterWeights
@@ -151,10 +152,9 @@ def nested_ffn(ffn: FFNWeights, x: torch.Tensor, choice: torch.Tensor, activatio
             continue
         rows = (choice == expert).nonzero()[:, 0]
         size = ffn.sizes[expert]
-        gate, up = dense(ffn.gate)[:size], dense(ffn.up)[:size]
-        hidden = activate(product(gate, x[rows]), activation) * product(up, x[rows])
+        hidden = activate(product(ffn.gate, x[rows], stop=size), activation) * product(ffn.up, x[rows], stop=size)
         down, bias = ffn.down_of(expert)
-        out[rows] = product(dense(down)[:, :size], hidden, bias)
+        out[rows] = product(_first_inputs(down, size), hidden, bias)
     return out
 
 
@@ -182,7 +182,13 @@ def rows_of(matrix: Matrix, index: torch.Tensor) -> torch.Tensor:
     return (matrix[index] if isinstance(matrix, torch.Tensor) else matrix.rows(index)).float()
 
 
-def product(matrix: Matrix, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [N, inputs] times the matrix's transpose: [N, outputs] in x's dtype."""
-    weight = dense(matrix).to(x.dtype)
+def product(matrix: Matrix, x: torch.Tensor, bias: torch.Tensor | None = None, stop: int | None = None) -> torch.Tensor:
+    """x [N, inputs] times the transpose of the matrix's first `stop` outputs (default: all): [N, stop] in x's dtype."""
+    if isinstance(matrix, PackedMatrix):
+        return few_rows(x.float(), matrix, 0, stop, None if bias is None else bias.float()).to(x.dtype)
+    weight = matrix[:stop].to(x.dtype)
     return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _first_inputs(matrix: Matrix, size: int) -> Matrix:
+    return matrix if matrix.shape[1] == size else dense(matrix)[:, :size]

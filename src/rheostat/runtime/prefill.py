@@ -78,14 +78,15 @@ def prefill(
         settings = None
     longest = max(prompt.lengths)
     cache.reserve(longest)
-    rope.reserve(longest)
-    angles = tuple(table[prompt.positions][None] for table in (rope.cos, rope.sin))  # [1, N, r / 2]
+    angles = [one[None] for one in rope.at(prompt.positions)]  # [1, N, r / 2]
     by_token = None if settings is None else settings.repeat_interleave(torch.tensor(prompt.lengths))
     h = dense(weights.embedding)[prompt.token_ids].float()  # [N, D]
     experts = []
     for place, layer in enumerate(weights.layers):
         dtype = dense(layer.o).dtype
-        h += _attention(weights, place, layer, rms_norm(h, layer.input_norm, weights.eps).to(dtype), prompt, cache, angles)
+        h += _attention(
+            weights, place, layer, rms_norm(h, layer.input_norm, weights.eps).to(dtype), prompt, cache, angles
+        )
         x = rms_norm(h, layer.post_norm, weights.eps)
         if by_token is None or layer.ffn.router is None:
             h += whole_ffn(layer.ffn, x.to(dtype), weights.activation)

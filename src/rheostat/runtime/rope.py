@@ -13,21 +13,23 @@ class RopeTable:
 
     def __init__(self, inv_freq: torch.Tensor, scale: float = 1.0) -> None:
         self.inv_freq, self.scale = inv_freq.float(), scale
-        self.cos = self.sin = torch.empty(0, len(inv_freq))
+        self.cos_sin = torch.empty(2, 0, len(inv_freq))
+        """[2, P, r / 2]; one tensor, replaced whole, so that a thread never sees the one grown and the other not."""
         self.reserve(FIRST)
 
-    def reserve(self, num_positions: int) -> None:
-        """Hold at least this many positions."""
-        have = len(self.cos)
-        if num_positions <= have:
-            return
-        angles = torch.outer(torch.arange(max(num_positions, 2 * have), dtype=torch.float32), self.inv_freq)
-        self.cos, self.sin = angles.cos() * self.scale, angles.sin() * self.scale
+    def reserve(self, num_positions: int) -> torch.Tensor:
+        """Hold at least this many positions. Returns `cos_sin`."""
+        have = self.cos_sin
+        if num_positions > have.shape[1]:
+            places = torch.arange(max(num_positions, 2 * have.shape[1]), dtype=torch.float32)
+            angles = torch.outer(places, self.inv_freq)
+            have = self.cos_sin = torch.stack([angles.cos(), angles.sin()]) * self.scale
+        return have
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine [..., r / 2] at positions [...]."""
-        self.reserve(int(positions.max()) + 1)
-        return self.cos[positions], self.sin[positions]
+        table = self.reserve(int(positions.max()) + 1)
+        return table[0, positions], table[1, positions]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
