@@ -6,10 +6,12 @@
 #           (takes effect in a new environment: make clean first)
 #   PYTHON  the interpreter that makes .venv
 #   ARGS    further arguments for pytest:  make test ARGS="-k dial -x"
+#   JOBS    processes for the fast tests (auto: one for each core)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+JOBS ?= auto
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,7 +43,8 @@ demo: $(VENV)/.run  ## Adapt the bundled model, measure it (demo/report/pareto.p
 	$(BIN)/rheostat generate demo $(DEMO_PROMPT) --compute $(DEMO_COMPUTE)
 
 test: $(VENV)/.dev  ## Run all tests but those that need the internet (tests for a GPU skip themselves without one)
-	$(BIN)/pytest -m "not network" $(ARGS)
+	$(BIN)/pytest -n $(JOBS) -m "$(FAST)" $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS leaves no test of this kind
+	$(BIN)/pytest -m "(slow or model or gpu) and not network" $(ARGS) || [ $$? -eq 5 ]
 
 check: lint fast docs  ## Run what must pass before each commit: lint, fast tests, docs
 
@@ -51,7 +54,7 @@ lint: $(VENV)/.dev  ## Check format, lint and types
 	$(BIN)/mypy
 
 fast: $(VENV)/.dev  ## Run the tests that take seconds
-	$(BIN)/pytest -m "$(FAST)" $(ARGS)
+	$(BIN)/pytest -n $(JOBS) -m "$(FAST)" $(ARGS)
 
 docs: $(VENV)/.dev  ## Build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
