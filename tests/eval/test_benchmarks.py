@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -158,3 +162,41 @@ def test_bad_settings(adapted, tiny_tokenizer, data_folder, options, message):
     settings = {"tokenizer": tiny_tokenizer, "tasks": ["boolq"], "computes": [1.0], "folder": data_folder} | options
     with pytest.raises(SettingError, match=message):
         evaluate_tasks(adapted, **settings)
+
+
+SHARED = ("hellaswag", "lambada_openai", "wikitext", "boolq")
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one(tiny_model_folder: Path, data_folder: Path, tmp_path: Path):
+    def report(name: str, *launcher: str) -> list[dict]:
+        out = tmp_path / name
+        command = [
+            "eval",
+            str(tiny_model_folder),
+            "--tasks=" + ",".join(SHARED),
+            "--task-data",
+            str(data_folder),
+            "--batch-tokens",
+            "200",
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", *launcher, "rheostat", *command, "--out", str(out)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("written:") == 1  # one process speaks for both
+        tasks = json.loads((out / "report.json").read_text())["tasks"]
+        for row in tasks:
+            assert row.pop("seconds") > 0
+        return tasks
+
+    launch = ("accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no")
+    both = report("both", *launch, "--dynamo_backend=no", "-m")
+    alone = report("alone")
+    assert both == alone
+    assert {task["task"]: task["rows"] for task in both} == dict(zip(SHARED, [8, 6, 2, 4], strict=True))

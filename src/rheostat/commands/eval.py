@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 from rheostat.commands import Loaded, check_computes, check_context, is_artifact, load
 from rheostat.config import Common, setting
 from rheostat.errors import bad_setting
-from rheostat.eval.ranks import Ranks, join
 from rheostat.eval.tables import task_notes, task_table, text_table
 from rheostat.folders import check_output
+from rheostat.processes import Ranks, join
 from rheostat.terminal import ProgressDisplay, console
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from rheostat.adapted import Adapted
 from rheostat.errors import SettingError, bad_setting
 from rheostat.eval.harness import BATCH_TOKENS, Account, DialLM, make_lm
 from rheostat.eval.paired import difference_error, score_error
-from rheostat.eval.ranks import Ranks
 from rheostat.eval.tasks.find import find_tasks
 from rheostat.eval.tasks.local import require_lm_eval
 from rheostat.methods.base import Progress, no_progress
+from rheostat.processes import Ranks
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -120,7 +120,7 @@ def evaluate_tasks(
         batch_tokens: padded tokens read together.
         max_length: tokens of context and answer together; left out, what the model reads.
         run_code: allow tasks that run programs which the model wrote.
-        ranks: the processes of `accelerate launch` (`rheostat.eval.ranks.join()`); each gets all results.
+        ranks: the processes of `accelerate launch` (`rheostat.processes.join()`); each gets all results.
 
     Raises:
         SettingError: a task, a file or a setting cannot be used.

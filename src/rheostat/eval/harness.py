@@ -20,10 +20,10 @@ from rheostat.adapted import Adapted
 from rheostat.errors import bad_setting
 from rheostat.eval.answers import answer
 from rheostat.eval.batches import Batch, Request, can_choose_rows, in_rows, plan, truncated
-from rheostat.eval.ranks import Ranks
 from rheostat.eval.scoring import Score, score, score_forward, scores_by_step
 from rheostat.eval.tasks.local import require_lm_eval
 from rheostat.meter import PARTS, Meter
+from rheostat.processes import Ranks
 from rheostat.sampling import Sampling
 from rheostat.spending import spend
 
