@@ -117,6 +117,31 @@ def test_limits_and_lengths(adapted, tiny_tokenizer, data_folder):
     assert first(batch_tokens=1).metrics == first(batch_tokens=4000).metrics
 
 
+def test_baselines_spend_what_the_dial_spends(adapted, tiny_tokenizer, data_folder):
+    low = adapted.dial.low
+    options = {"folder": data_folder, "baselines": True}
+    dense, dial, static, random = evaluate_tasks(adapted, tiny_tokenizer, ["arc_easy"], [low], **options)
+    assert [run.kind for run in (dense, dial, static, random)] == ["dense", "dial", "static", "random"]
+    assert {run.asked for run in (dial, static, random)} == {low}
+    assert static.ffn_fraction == pytest.approx(dial.ffn_fraction, abs=0.13)  # rounded up to whole slices
+    assert random.ffn_fraction == pytest.approx(dial.ffn_fraction, abs=0.13)
+    assert static.compute < 1
+    assert len({run.flops for run in (dial, static, random)}) == 3
+    assert all(run.is_choice for run in (dense, dial, static, random))
+    assert not any(run.is_choice for run in evaluate_tasks(adapted, tiny_tokenizer, ["wikitext"], folder=data_folder))
+
+
+def test_questions_in_the_chat_template(adapted, tiny_tokenizer, data_folder, monkeypatch):
+    options = {"folder": data_folder, "chat_template": True}
+    with pytest.raises(SettingError, match="chat_template=True: must be left out: this tokenizer has none"):
+        evaluate_tasks(adapted, tiny_tokenizer, ["arc_easy"], **options)
+    plain = evaluate_tasks(adapted, tiny_tokenizer, ["arc_easy"], folder=data_folder)[0]
+    template = "{% for m in messages %}<{{m['role']}}>{{m['content']}}{% endfor %}<answer>"
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
+    asked = evaluate_tasks(adapted, tiny_tokenizer, ["arc_easy"], **options)[0]
+    assert asked.flops > plain.flops  # the template's own tokens were read too
+
+
 def test_nothing_of_lm_eval_stays_changed(adapted, tiny_tokenizer, data_folder, capfd):
     from lm_eval.api import task as seam
 
