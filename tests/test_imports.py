@@ -37,7 +37,7 @@ LAYERS = (
     ("exporting",),
     ("train.*",),
     ("adaptation",),
-    ("bench.*", "eval.*"),
+    ("bench.*", "eval.*", "serve.*"),
     ("commands.*",),
     ("cli",),
     ("__main__",),

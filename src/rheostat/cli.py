@@ -21,6 +21,7 @@ VERBS = {
     "generate": ("rheostat.commands.generate", "write an answer at a chosen compute, and show what it cost"),
     "eval": ("rheostat.commands.eval", "measure quality against compute"),
     "bench": ("rheostat.commands.bench", "measure time and memory, against stock and against the machine"),
+    "serve": ("rheostat.commands.serve", "answer over HTTP, with the dial in each request and a page to see it"),
     "report": ("rheostat.commands.report", "compare measured models in one page"),
     "export": ("rheostat.commands.export", "freeze the dial into a plain checkpoint"),
     "info": ("rheostat.commands.info", "show a model's sizes, methods, dial and origin"),

@@ -116,6 +116,11 @@ class Meter:
             out.append(float((counts * sizes).sum() / (counts.sum() * self.ffn_size)) if counts.sum() else 1.0)
         return out
 
+    def widths_taken(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """For each routed layer, how many tokens [E] took each expert, and the experts' widths [E] in channels."""
+        for layer in sorted(self.expert_counts):
+            yield self.expert_counts[layer], self._sizes[layer]
+
     _charged: str | None = field(default=None, repr=False)
     _sizes: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     _spent: dict[str, list[int]] = field(default_factory=lambda: {part: [0, 0] for part in PARTS}, repr=False)

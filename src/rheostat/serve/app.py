@@ -1,0 +1,305 @@
+"""The HTTP surface. It handles no tensors: bodies in, jobs to the engine, events to bodies or to a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+import rheostat
+from rheostat.errors import SettingError
+from rheostat.serve.answers import Chat, Choice, Plain, Shape, total
+from rheostat.serve.errors import Refusal, error_body
+from rheostat.serve.gate import Gate
+from rheostat.serve.jobs import Bill, Done, Event, Failed, Job, RowDone, Token
+from rheostat.serve.metrics import Metrics
+from rheostat.serve.scheduler import Draining, Full
+from rheostat.serve.schema import ChatRequest, CompletionRequest, ErrorBody, Generation
+from rheostat.serve.service import Service, UnknownModel
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": text}
+    for status, text in {
+        400: "The request cannot be used; `error.message` says why",
+        401: "The key is missing or wrong",
+        404: "No such model",
+        408: "The body did not come in time",
+        413: "The body is too large",
+        429: "The queue is full; `Retry-After` says when to come back",
+        500: "This request failed",
+        503: "The server is shutting down",
+        504: "The time limit has passed",
+    }.items()
+}
+
+Inbox = asyncio.Queue[tuple[int, Event]]
+"""(place of the job, event)."""
+
+
+def create_app(service: Service, metrics: Metrics) -> FastAPI:
+    """The application for one model. The engine is started and stopped by whoever serves it."""
+    app = FastAPI(
+        title="Rheostat",
+        version=rheostat.__version__,
+        description="An OpenAI-compatible server with a dial for compute in each request.",
+        docs_url=None,  # its page fetches scripts from elsewhere
+        redoc_url=None,
+    )
+    rules = service.rules
+    if rules.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(rules.origins), allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(
+        Gate,  # type: ignore[arg-type]
+        api_key=rules.api_key,
+        max_body_bytes=rules.max_body_bytes,
+        request_seconds=rules.request_seconds,
+        on_refusal=metrics.refused,
+    )
+    _add_errors(app)
+    _add_generation(app, service)
+    _add_rest(app, service, metrics)
+    return app
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", responses=ERRORS, response_model=None)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Continue a conversation."""
+        return await _generate(service, body, request, Chat, "chatcmpl")
+
+    @app.post("/v1/completions", responses=ERRORS, response_model=None)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue one or several prompts."""
+        return await _generate(service, body, request, Plain, "cmpl")
+
+
+def _add_rest(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    @app.get("/v1/models", responses={401: ERRORS[401]})
+    async def models() -> dict[str, Any]:
+        """The model, and settings of its dial under names of their own."""
+        return {"object": "list", "data": [_model(service, name) for name in service.models()]}
+
+    @app.get("/v1/models/{name:path}", responses={404: ERRORS[404], 400: ERRORS[400], 401: ERRORS[401]})
+    async def model(name: str) -> dict[str, Any]:
+        """One of them; `name@x` is there for every x in the dial's range."""
+        service.virtual(name)
+        return _model(service, name)
+
+    @app.get("/health", responses={503: ERRORS[503]})
+    async def health() -> dict[str, Any]:
+        """Whether the server takes requests."""
+        if not service.engine.is_alive:
+            raise Refusal(503, "the engine has stopped")
+        if service.engine.scheduler.is_draining:
+            raise Refusal(503, "the server is shutting down")
+        return {"status": "ok"} | service.engine.state()
+
+    @app.get("/metrics", response_class=Response)
+    async def prometheus() -> Response:
+        """Metrics for Prometheus."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/dial", response_model=None)
+    async def dial() -> dict[str, Any]:
+        """The dial's range, the model's sizes, and the measured curve where the artifact holds one: for the page."""
+        return _dial(service)
+
+    @app.get("/", response_class=HTMLResponse)
+    async def page() -> HTMLResponse:
+        """The page."""
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        return HTMLResponse(_page(), headers={"content-security-policy": f"{policy}; img-src data:"})
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": service.started, "owned_by": "rheostat"}
+
+
+def _dial(service: Service) -> dict[str, Any]:
+    adapted = service.adapted
+    return {
+        "model": service.rules.name,
+        "low": adapted.dial.low,
+        "default": service.rules.compute,
+        "num_layers": adapted.geometry.num_layers,
+        "has_chat": bool(service.tokenizer.chat_template),
+        "backend": service.engine.backend.name,
+        "needs_key": service.rules.api_key is not None,
+        "curve": curve(adapted.report),
+    }
+
+
+def curve(report: dict[str, Any]) -> list[dict[str, float]]:
+    """Quality against compute from the report of the run that made a model, or nothing."""
+    return []
+
+
+@lru_cache(maxsize=1)
+def _page() -> str:
+    return (files("rheostat.serve") / "page.html").read_text(encoding="utf-8")
+
+
+# -- generation
+
+
+async def _generate(service: Service, body: Generation, request: Request, kind: type[Shape], prefix: str) -> Response:
+    id = f"{prefix}-{request.state.request_id}"
+    jobs = await asyncio.to_thread(service.jobs, body, id)  # encoding a long prompt takes a while
+    shape = kind(
+        id=id,
+        model=body.model,
+        decode=lambda token: service.tokenizer.decode([token]),
+        wants_logprobs=jobs[0].num_top is not None,
+        wants_layers=body.compute_trace,
+    )
+    inbox: Inbox = asyncio.Queue()
+    _submit(service, jobs, inbox)
+    if body.stream:
+        wants_usage = body.stream_options is not None and body.stream_options.include_usage
+        stream = _stream(service, shape, jobs, inbox, wants_usage)
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
+    return await _whole(service, shape, jobs, inbox, request)
+
+
+def _submit(service: Service, jobs: list[Job], inbox: Inbox) -> None:
+    """All jobs of a request, or none.
+
+    Raises:
+        Refusal: there is no room.
+    """
+    loop = asyncio.get_running_loop()
+    for place, job in enumerate(jobs):
+
+        def sink(event: Event, place: int = place) -> None:
+            loop.call_soon_threadsafe(inbox.put_nowait, (place, event))
+
+        try:
+            service.engine.submit(job, sink)
+        except (Full, Draining) as error:
+            _cancel(service, jobs[:place])
+            raise _no_room(service, error) from None
+
+
+def _no_room(service: Service, error: Exception) -> Refusal:
+    wait = service.engine.retry_after()
+    if isinstance(error, Full):
+        refusal = Refusal(429, f"the queue is full, come back in {wait} s", code="rate_limit_exceeded")
+    else:
+        refusal = Refusal(503, "the server is shutting down")
+    refusal.headers["retry-after"] = str(wait)
+    return refusal
+
+
+def _cancel(service: Service, jobs: list[Job]) -> None:
+    for job in jobs:
+        service.engine.cancel(job.id)
+
+
+async def _whole(service: Service, shape: Shape, jobs: list[Job], inbox: Inbox, request: Request) -> Response:
+    answer = asyncio.ensure_future(_collect(jobs, inbox))
+    gone = asyncio.ensure_future(request.receive())  # the body is read: what comes next is the client's leave
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            return Response(status_code=499)  # nobody reads it
+        choices, bills = answer.result()
+        return JSONResponse(shape.body(choices, total(bills)))
+    finally:
+        answer.cancel()
+        gone.cancel()
+        _cancel(service, jobs)
+
+
+async def _collect(jobs: list[Job], inbox: Inbox) -> tuple[list[Choice], list[Bill]]:
+    choices = [Choice() for _ in range(jobs[0].n * len(jobs))]
+    bills: dict[int, Bill] = {}
+    while len(bills) < len(jobs):
+        place, event = await inbox.get()
+        if isinstance(event, Failed):
+            raise Refusal(event.status, event.message)
+        if isinstance(event, Done):
+            bills[place] = event.bill
+            continue
+        choice = choices[place * jobs[0].n + event.row]
+        choice.text += event.text
+        if isinstance(event, Token):
+            choice.tokens.append(event)
+        else:
+            choice.reason = event.reason
+    return choices, [bills[place] for place in range(len(jobs))]
+
+
+async def _stream(
+    service: Service, shape: Shape, jobs: list[Job], inbox: Inbox, wants_usage: bool
+) -> AsyncIterator[bytes]:
+    bills: list[Bill] = []
+    try:
+        for chunk in shape.chunks_first(jobs[0].n * len(jobs)):
+            yield _event(chunk)
+        while len(bills) < len(jobs):
+            place, event = await inbox.get()
+            if isinstance(event, Failed):
+                yield _event(error_body(event.status, event.message))
+                break
+            if isinstance(event, Done):
+                bills.append(event.bill)
+                continue
+            index = place * jobs[0].n + event.row
+            yield _event(shape.chunk_last(index, event) if isinstance(event, RowDone) else shape.chunk(index, event))
+        if wants_usage and len(bills) == len(jobs):
+            yield _event(shape.chunk_usage(total(bills)))
+        yield b"data: [DONE]\n\n"
+    finally:
+        _cancel(service, jobs)  # nothing to do for those that are done
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+# -- errors
+
+
+def _add_errors(app: FastAPI) -> None:
+    def answer(refusal: Refusal) -> JSONResponse:
+        return JSONResponse(refusal.body, refusal.status, headers=refusal.headers)
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, error: Refusal) -> JSONResponse:
+        return answer(error)
+
+    @app.exception_handler(SettingError)
+    async def setting(request: Request, error: SettingError) -> JSONResponse:
+        name = str(error).partition("=")[0].partition(":")[0]
+        return answer(Refusal(400, str(error), param=name if name.isidentifier() else None))
+
+    @app.exception_handler(UnknownModel)
+    async def unknown(request: Request, error: UnknownModel) -> JSONResponse:
+        return answer(
+            Refusal(404, f"there is no model {str(error)[:80]!r} here", param="model", code="model_not_found")
+        )
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return answer(Refusal(400, f"{where or 'body'}: {first['msg']}", param=where or None))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        refusal = Refusal(error.status_code, str(error.detail))
+        refusal.headers.update(error.headers or {})
+        return answer(refusal)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        return answer(Refusal(500, "the server failed at this request"))

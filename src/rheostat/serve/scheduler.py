@@ -1,0 +1,153 @@
+"""Who waits, who runs, who may join: pure data, no tensors and no clock of its own.
+
+First come, first served: a request that does not fit yet holds back those behind it, so that no large request starves.
+What a batch holds in memory is a rectangle, rows times the longest row, and that is what the limit bounds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from rheostat.errors import SettingError, bad_setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a server takes on."""
+
+    rows: int = 8
+    """Sequences that are written at once."""
+    queue: int = 64
+    """Requests that may wait."""
+    cache_tokens: int = 65536
+    """Rows times the longest row, in tokens: bounds the memory of keys and values."""
+    prefill_tokens: int = 1024
+    """Prompt tokens read between two steps of the running batch; a longer prompt is read alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "queue", "cache_tokens", "prefill_tokens"):
+            if getattr(self, name) < 1:
+                raise bad_setting(name, getattr(self, name), "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ticket:
+    """What the scheduler knows of a request."""
+
+    id: str
+    num_prompt_tokens: int
+    max_new_tokens: int
+    num_rows: int = 1
+    """Sequences it writes (`n`)."""
+    arrived: float = 0.0
+    """On a monotonic clock, in seconds."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens that one of its rows may reach."""
+        return self.num_prompt_tokens + self.max_new_tokens
+
+
+class Full(Exception):
+    """There is no room to wait in; come back later."""
+
+
+class Draining(Exception):
+    """The server finishes what it has and takes nothing new."""
+
+
+@dataclass
+class Scheduler:
+    """The queue and the running batch."""
+
+    limits: Limits = field(default_factory=Limits)
+    waiting: deque[Ticket] = field(default_factory=deque)
+    running: dict[str, Ticket] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    """Running request -> its rows that are still being written."""
+    is_draining: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the batch."""
+        return sum(self.rows.values())
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing to do."""
+        return not self.waiting and not self.running
+
+    @property
+    def cache_share(self) -> float:
+        """Of `cache_tokens`, what the running batch may come to."""
+        return self.num_rows * self._longest() / self.limits.cache_tokens
+
+    def check(self, ticket: Ticket) -> None:
+        """Refuse a request that could never run.
+
+        Raises:
+            SettingError: it is larger than the whole server.
+        """
+        if ticket.num_rows > self.limits.rows:
+            raise bad_setting("n", ticket.num_rows, f"at most {self.limits.rows}, the rows of this server's batch")
+        if (size := ticket.num_rows * ticket.longest) > self.limits.cache_tokens:
+            allowed = f"at most {self.limits.cache_tokens}: prompt and max_tokens, times n"
+            raise SettingError(f"request of {size} tokens: must be {allowed}")
+
+    def offer(self, ticket: Ticket) -> None:
+        """Take a request into the queue.
+
+        Raises:
+            SettingError: it could never run.
+            Draining: nothing new is taken.
+            Full: the queue is.
+        """
+        self.check(ticket)
+        if self.is_draining:
+            raise Draining
+        if len(self.waiting) >= self.limits.queue:
+            raise Full
+        self.waiting.append(ticket)
+
+    def admit(self) -> list[Ticket]:
+        """Move to the batch, in the order of arrival, what fits now and is to be read before the next step."""
+        joined: list[Ticket] = []
+        tokens = 0
+        while self.waiting and self._fits(self.waiting[0]):
+            tokens += self.waiting[0].num_prompt_tokens
+            if joined and tokens > self.limits.prefill_tokens:
+                break
+            ticket = self.waiting.popleft()
+            self.running[ticket.id], self.rows[ticket.id] = ticket, ticket.num_rows
+            joined.append(ticket)
+        return joined
+
+    def row_done(self, id: str) -> bool:
+        """One row of a request has ended. Returns whether it was the last."""
+        self.rows[id] -= 1
+        if self.rows[id]:
+            return False
+        del self.rows[id], self.running[id]
+        return True
+
+    def remove(self, id: str) -> bool:
+        """Forget a request, waiting or running. Returns whether it was there."""
+        if id in self.running:
+            del self.running[id], self.rows[id]
+            return True
+        before = len(self.waiting)
+        self.waiting = deque(one for one in self.waiting if one.id != id)
+        return len(self.waiting) < before
+
+    def longest_wait(self, now: float) -> float:
+        """Seconds that the head of the queue has waited."""
+        return now - self.waiting[0].arrived if self.waiting else 0.0
+
+    def _longest(self) -> int:
+        return max((one.longest for one in self.running.values()), default=0)
+
+    def _fits(self, ticket: Ticket) -> bool:
+        rows = self.num_rows + ticket.num_rows
+        size = rows * max(self._longest(), ticket.longest)
+        return rows <= self.limits.rows and size <= self.limits.cache_tokens
