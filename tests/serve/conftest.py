@@ -6,7 +6,7 @@ import asyncio
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -125,6 +125,7 @@ def live(
     backend: Backend | None = None,
     limits: Limits | None = None,
     adaptive: Adaptive | None = None,
+    curves: Sequence[dict[str, Any]] = (),
     **rules: Any,
 ) -> Iterator[Live]:
     """Serve the tiny model on a free port until the block ends."""
@@ -138,7 +139,7 @@ def live(
         watcher=metrics,
     )
     metrics.watch(engine)
-    service = Service(tiny.adapted, tiny.tokenizer, engine, replace(Rules(name="tiny"), **rules))
+    service = Service(tiny.adapted, tiny.tokenizer, engine, replace(Rules(name="tiny"), **rules), list(curves))
     server = Server(create_app(service, metrics), engine, drain_seconds=2)
     with listen("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=lambda: asyncio.run(serve(server, listener)))

@@ -104,29 +104,36 @@ def test_other_origins_get_no_leave(strict: Live, tiny: Tiny):
 
 
 def test_a_full_queue_says_when_to_come_back(strict: Live):
-    with httpx.Client(timeout=30) as client, contextlib.ExitStack() as open_streams:
-        url = f"{strict.base}/v1/completions"
-        running = open_streams.enter_context(client.stream("POST", url, json=LONG, headers=KEY))
-        next(running.iter_bytes())
-        open_streams.enter_context(client.stream("POST", url, json=LONG, headers=KEY))
-        answer = post(strict, SHORT)
-        assert "queue is full" in refusal(answer, 429)
-        assert 1 <= int(answer.headers["retry-after"]) <= 60
+    with asking(strict, LONG):
+        until(lambda: strict.engine.scheduler.num_rows == 1)
+        with asking(strict, LONG):
+            until(lambda: len(strict.engine.scheduler.waiting) == 1)
+            answer = post(strict, SHORT)
+    assert "queue is full" in refusal(answer, 429)
+    assert 1 <= int(answer.headers["retry-after"]) <= 60
     strict.wait_idle()
     assert post(strict, SHORT).status_code == 200
     assert 'rheostat_http_refusals_total{model_name="tiny",status="429"} 1.0' in strict.metrics.text().decode()
 
 
-def test_a_client_that_vanishes_frees_its_place(strict: Live):
-    for body in (LONG, LONG | {"stream": False}):
-        before = count(strict, "cancelled")
-        with socket.create_connection(("127.0.0.1", strict.port)) as raw:
-            content = json.dumps(body).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-            raw.sendall(head.encode() + content)
-            until(lambda: strict.engine.scheduler.num_rows == 1)
-        strict.wait_idle(5)
-        until(lambda before=before: count(strict, "cancelled") == before + 1)
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_client_that_vanishes_frees_its_place(strict: Live, streams: bool):
+    before = count(strict, "cancelled")
+    with asking(strict, LONG | {"stream": streams}):
+        until(lambda: strict.engine.scheduler.num_rows == 1)
+    strict.wait_idle(5)
+    until(lambda: count(strict, "cancelled") == before + 1)
+
+
+@contextlib.contextmanager
+def asking(server: Live, body: Any) -> Iterator[None]:
+    """Send a request, and vanish without having read the answer."""
+    content = json.dumps(body).encode()
+    lines = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    lines += ["Authorization: Bearer secret", f"Content-Length: {len(content)}"]
+    with socket.create_connection(("127.0.0.1", server.port)) as raw:
+        raw.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + content)
+        yield
 
 
 def count(server: Live, reason: str) -> float:
@@ -166,18 +173,18 @@ def test_32_clients_with_mixed_dials_lengths_and_leaves_get_their_own_answers(ti
     computes = [1.0, 0.9, 0.8, 0.75]
     draw = random.Random(0)
     asks = [
-        (f"{'water ' * draw.randint(0, 4)}{k % 7}", draw.choice(computes), draw.randint(1, 14), k % 5 == 4)
+        (f"{'water ' * draw.randint(0, 4)}{k % 7}", draw.choice(computes), draw.randint(1, 8), k % 5 == 4)
         for k in range(48)
     ]
     expected = {ask[:3]: tiny.offline(*ask[:3]) for ask in {ask[:3]: ask for ask in asks if not ask[3]}.values()}
-    with live(tiny, limits=Limits(rows=6, queue=64)) as server, httpx.Client(timeout=60) as client:
+    with live(tiny, limits=Limits(rows=8, queue=64)) as server, httpx.Client(timeout=60) as client:
 
         def one(ask: tuple[str, float, int, bool]) -> str | None:
             prompt, compute, new, leaves = ask
             body = {"model": "tiny", "prompt": prompt, "temperature": 0, "compute": compute, "stream": True}
             text, is_done = "", False
             url = f"{server.base}/v1/completions"
-            with client.stream("POST", url, json=body | {"max_tokens": 100 if leaves else new}) as answer:
+            with client.stream("POST", url, json=body | {"max_tokens": 60 if leaves else new}) as answer:
                 for line in answer.iter_lines():
                     if leaves and text:
                         return None
@@ -216,12 +223,11 @@ def test_sigterm_finishes_what_is_in_flight(folder: Path, tiny: Tiny):
         try:
             base = f"http://127.0.0.1:{port}"
             until(lambda: is_up(base) or process.poll() is not None, 120)
-            with httpx.Client(timeout=60) as client:
-                with client.stream("POST", f"{base}/v1/completions", json=LONG) as answer:
-                    parts = answer.iter_text()
-                    text = next(parts)
-                    os.kill(process.pid, signal.SIGTERM)
-                    text += "".join(parts)
+            with httpx.stream("POST", f"{base}/v1/completions", json=LONG, timeout=60) as answer:
+                parts = answer.iter_text()
+                text = next(parts)
+                os.kill(process.pid, signal.SIGTERM)
+                text += "".join(parts)
             assert text.splitlines()[-2] == "data: [DONE]"
             pieces = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
             assert "".join(piece["choices"][0]["text"] for piece in pieces) == tiny.offline("rivers", 1.0, 200)

@@ -43,6 +43,7 @@ class Config(Common):
     adaptive: bool = setting(False, help="lower the dial under load, as far as requests allow (compute_min)")
     adaptive_target: float = setting(1.0, help="seconds that requests may wait before the dial is lowered")
     compute_min: float | None = setting(None, help="how far it may be lowered where a request does not say")
+    report: str = setting("", help="report of eval to show on the page (default: MODEL/report/report.json)")
     runtime: str = setting("auto", help="auto: our own where it can; native: insist on it; stock: transformers")
     weights: str = setting("auto", help="our runtime's weights: fp32, bf16, fp16, int8, int4 (default: as --dtype)")
     rows: int = setting(8, help="answers written at once")
@@ -85,9 +86,11 @@ def run(config: Config) -> dict[str, Any]:
 
 def build(config: Config, loaded: Loaded) -> tuple[Server, str]:
     """The server, not yet serving, and the model's name."""
+    from rheostat.report import schema
     from rheostat.serve.adaptive import Adaptive
     from rheostat.serve.app import create_app
     from rheostat.serve.backend import make_backend
+    from rheostat.serve.curves import curves, find_report
     from rheostat.serve.engine import Engine
     from rheostat.serve.metrics import Metrics
     from rheostat.serve.scheduler import Limits, Scheduler
@@ -124,7 +127,9 @@ def build(config: Config, loaded: Loaded) -> tuple[Server, str]:
         watcher=metrics,
     )
     metrics.watch(engine)
-    app = create_app(Service(loaded.adapted, loaded.tokenizer, engine, rules), metrics)
+    report = find_report(config.model, config.report)
+    shown = [] if report is None else curves(schema.read(report))
+    app = create_app(Service(loaded.adapted, loaded.tokenizer, engine, rules, shown), metrics)
     return Server(app, engine, drain_seconds=config.drain_seconds), rules.name
 
 

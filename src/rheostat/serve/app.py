@@ -134,13 +134,8 @@ def _dial(service: Service) -> dict[str, Any]:
         "has_chat": bool(service.tokenizer.chat_template),
         "backend": service.engine.backend.name,
         "needs_key": service.rules.api_key is not None,
-        "curve": curve(adapted.report),
+        "curves": service.curves,
     }
-
-
-def curve(report: dict[str, Any]) -> list[dict[str, float]]:
-    """Quality against compute from the report of the run that made a model, or nothing."""
-    return []
 
 
 @lru_cache(maxsize=1)

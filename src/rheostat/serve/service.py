@@ -57,6 +57,8 @@ class Service:
     tokenizer: Any
     engine: Engine
     rules: Rules
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    """Quality against compute, for the page."""
     started: int = field(default_factory=lambda: int(time.time()))
     _lock: threading.Lock = field(default_factory=threading.Lock)
     """The tokenizer encodes for one request at a time."""
