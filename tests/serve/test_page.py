@@ -78,7 +78,7 @@ def test_two_settings_are_written_side_by_side(server: Live, page: Page, tiny: T
     sizes = page.run("[...document.querySelectorAll('canvas')].map(one => [one.width >= 24, one.height])")
     assert sizes == [[True, 3], [True, 3]]  # a row for each layer
     assert page.run("document.querySelectorAll('#plot path').length") == 2
-    assert page.run("document.querySelectorAll('#plot circle[r=\"8\"]').length") == 2
+    assert page.run("document.querySelectorAll('#plot circle[r=\"7\"]').length") == 2
     assert page.complaints == []
     shoot(page, "wide")
     page.look(1200, 900, dark=True)
