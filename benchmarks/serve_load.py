@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 
 @contextmanager
-def serving(command: list[str], port: int, log: Path):  # noqa: ANN201
+def serving(command: list[str], port: int, log: Path) -> Iterator[str]:
     """A server of its own process until the block ends. Yields its address."""
     base = f"http://127.0.0.1:{port}"
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
@@ -190,8 +191,8 @@ def main() -> None:
     dials = [float(one) for one in args.dials.split(",")]
     requests = plan(args.requests, dials, args.tokens, args.leave, args.seed)
     ours, theirs = free_port(), free_port()
-    run = [sys.executable, "-m", "rheostat", "serve", args.model, "--name", "dial", "--port", str(ours), "--queue", "512",
-           "--dtype", args.dtype, "--weights", args.weights]  # fmt: skip
+    run = [sys.executable, "-m", "rheostat", "serve", args.model, "--name", "dial", "--port", str(ours),
+           "--queue", "512", "--dtype", args.dtype, "--weights", args.weights]  # fmt: skip
     rows: list[dict[str, Any]] = []
     with serving(run, ours, args.out.with_suffix(".rheostat.log")) as base:
         sides = [("rheostat", base, "dial", True)]
@@ -217,7 +218,7 @@ def main() -> None:
 
 def measure(rows: list[dict[str, Any]], sides: list[Any], args: argparse.Namespace, requests: list[Any]) -> None:
     """Each level on each side in turn."""
-    for name, base, model, dial in sides:
+    for _, base, model, dial in sides:
         asyncio.run(level(base, model, requests[:1], 1, dial=dial))  # what is made at the first request
     for clients in (int(one) for one in args.clients.split(",")):
         for name, base, model, dial in sides:

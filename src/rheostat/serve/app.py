@@ -58,7 +58,7 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
     if rules.origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(rules.origins), allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(
-        Gate,  # type: ignore[arg-type]
+        Gate,
         api_key=rules.api_key,
         max_body_bytes=rules.max_body_bytes,
         request_seconds=rules.request_seconds,

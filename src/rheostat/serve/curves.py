@@ -36,7 +36,7 @@ def curves(report: schema.Report) -> list[dict[str, Any]]:
         for kind in KINDS:
             pairs = {(run["compute"], run["ratio"]) for run in text["runs"] if run["kind"] == kind and run["ratio"]}
             points = [{"compute": 1.0, "ratio": 1.0}]
-            points += [{"compute": c, "ratio": r} for c, r in sorted(pairs, reverse=True) if c < 1]  # type: ignore[type-var]
+            points += [{"compute": c, "ratio": r} for c, r in sorted(pairs, reverse=True) if c < 1]
             if len(points) > 1:
                 lines.append({"kind": kind, "points": points})
         if lines and lines[0]["kind"] == "dial":
