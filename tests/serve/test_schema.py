@@ -1,4 +1,4 @@
-"""Whatever the OpenAPI description allows, and much that it does not: never a 5xx, always an error of the known shape."""
+"""Whatever the OpenAPI description allows, and much that it does not: never a 5xx, and errors of the known shape."""
 
 from __future__ import annotations
 
