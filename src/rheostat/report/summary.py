@@ -30,7 +30,7 @@ def summary(report: Report) -> Table | None:
         runs = {(run["kind"], run["asked"]): run for run in report["texts"][0]["runs"]}
         columns.insert(0, ("spent", {key: f"{run['compute']:.3f}" for key, run in runs.items()}))
         flops = {key: short(run["flops_per_token"]) for key, run in runs.items() if "flops_per_token" in run}
-        moved = {key: f"{short(run['bytes_per_token'])}B" for key, run in runs.items() if run.get("bytes_per_token")}
+        moved = {key: f"{short(size)}B" for key, run in runs.items() if (size := run.get("bytes_per_token"))}
         columns += [("FLOPs a token", flops), ("bytes to decode a token", moved)]
     times = _times(report.get("bench", []))
     for heading, field in (("first token, ms", "ttft_ms"), ("tokens/s", "tokens_per_s")):
@@ -52,11 +52,7 @@ def _keys(report: Report) -> list[Key]:
     for text in report["texts"]:
         found |= dict.fromkeys((run["kind"], run["asked"]) for run in text["runs"])
     found |= dict.fromkeys((kind_of(one), one["compute"]) for one in report.get("tasks", []))
-    found |= dict.fromkeys(
-        ("dial", one["compute"] or 1.0)
-        for one in report.get("bench", [])
-        if _is_dial(one)
-    )
+    found |= dict.fromkeys(("dial", one["compute"] or 1.0) for one in report.get("bench", []) if _is_dial(one))
     order = list(dict.fromkeys(kind for kind, _ in found))
     order.sort(key=lambda kind: {"dense": 0, "dial": 1}.get(kind, 2))
     return sorted(found, key=lambda key: (key[0] != "dense", -key[1], order.index(key[0])))
