@@ -89,15 +89,6 @@ class Runtime:
         forms = {"prefill": self._prefill, "decode": self._decode}
         return {phase: 0 if form is None else packing.own_bytes(form, self.weights) for phase, form in forms.items()}
 
-    @property
-    def step_bytes(self) -> int:
-        """Bytes of weights that a decode step with full FFNs reads."""
-        weights = self.decode_weights
-        whole = [down for layer in weights.layers for down in layer.ffn.downs[:-1]]
-        streamed = [one for one in packing.matrices(weights) if all(one is not down for down in whole)]
-        tied = self.weights.embedding is self.weights.head
-        return sum(one.nbytes for one in streamed) - (0 if tied else self.weights.embedding.nbytes)
-
     def new_cache(self, num_rows: int, num_slots: int) -> KVCache:
         """An empty cache."""
         weights = self.weights
