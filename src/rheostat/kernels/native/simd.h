@@ -270,9 +270,14 @@ INLINE F16 exponential(F16 x) {
     return p * as_float(scale);
 }
 
-enum Activation { kSilu = 0, kGeluTanh = 1 };
+enum Activation { kSilu = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3 };
 
 INLINE F16 activate(F16 x, int kind) {
+    if (kind == kRelu) return larger(x, F16{});
+    if (kind == kGelu) {
+        for (int i = 0; i < 16; i++) x[i] *= 0.5f * (1.0f + erff(x[i] * 0.70710678f));
+        return x;
+    }
     F16 u = kind == kSilu ? x : (x + x * x * x * 0.044715f) * 1.5957691216057308f;  // 2 * sqrt(2 / pi)
     return x / (exponential(-u) + 1.0f);
 }
