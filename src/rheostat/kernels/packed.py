@@ -157,7 +157,8 @@ def pack(weight: torch.Tensor, format: str, group: int = 32) -> PackedMatrix:
     group = group if format == "int4" else 0
     num_rows, num_cols = weight.shape
     panels, cells = -(-num_rows // LANES), -(-num_cols // CELL)
-    data = aligned_bytes(panels * cells * cell_bytes(format, group)).view(panels, -1)
+    panel_bytes = cells * cell_bytes(format, group)
+    data = aligned_bytes(panels * panel_bytes).view(panels, panel_bytes)
     scales = torch.zeros(panels * LANES) if format == "int8" else None
     for start in range(0, num_rows, CHUNK):
         rows = weight[start : start + CHUNK].detach().cpu()
