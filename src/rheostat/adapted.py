@@ -14,10 +14,11 @@ from rheostat import families
 from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
 from rheostat.dial import Dial
 from rheostat.geometry import Geometry
+from rheostat.kernels import library
 from rheostat.methods.base import MeteredFFN, Method
 from rheostat.runtime.building import Unsupported
 from rheostat.runtime.choosing import KNOWN_STAGES, OWN_GENERATE, check_runtime, refuse
-from rheostat.runtime.engine import Runtime
+from rheostat.runtime.engine import Runtime, Runtimes
 from rheostat.runtime.generating import generate
 from rheostat.runtime.packing import check_format
 from rheostat.spending import Compute, Pass, Spending, current_pass, current_spending, enter_pass, spend
@@ -62,8 +63,7 @@ class Adapted(nn.Module):
         self._read: WeakKeyDictionary[Any, tuple[int, list[int]]] = WeakKeyDictionary()
         """Cache -> its length after the newest pass, and how many of each row's tokens are not padding: what the
         masks of caches of a fixed size do not tell."""
-        self._runtimes: dict[str, Runtime] = {}
-        """Weight format -> our runtime in it."""
+        self._runtimes = Runtimes()
         decoder, head = families.decoder(model), families.head(model)
         self._handles = [
             decoder.register_forward_pre_hook(self._open_pass, with_kwargs=True),
@@ -147,9 +147,13 @@ class Adapted(nn.Module):
                 raise Unsupported(f"a method at the stage {sorted(stages)[0]}")
             if (spending := current_spending()) is not None and spending.override is not None:
                 raise Unsupported("an override of the routers")
+            if runtime == "auto" and library() is None:
+                raise Unsupported("this machine: there is no native code for it")
             found = self._runtimes.get(format)
-            if found is None or not found.fits(self.model, self.hook_ids):
-                self._runtimes.clear()  # one format at a time, and never old weights
+            if found is not None and not found.fits(self.model, self.hook_ids):
+                self._runtimes.clear()  # the weights changed: all formats hold old ones
+                found = None
+            if found is None:
                 found = self._runtimes[format] = Runtime(self.model, format, self.hook_ids)
             return found
         except Unsupported as reason:
@@ -161,6 +165,7 @@ class Adapted(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._runtimes.clear()
         self.method.detach(self.model)
         return self.model
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 
 from rheostat.errors import bad_setting
+from rheostat.kernels import structs
 from rheostat.kernels.packed import PackedMatrix
 
 MAX_ROWS = 4096
@@ -83,3 +85,97 @@ def check_out(out: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
     if not out.is_contiguous():
         raise bad_setting("out", tuple(out.stride()), "contiguous")
     return out
+
+
+def nested_ffn(
+    library: ctypes.CDLL,
+    x: torch.Tensor,
+    gate: PackedMatrix,
+    up: PackedMatrix,
+    downs: Sequence[PackedMatrix],
+    biases: Sequence[torch.Tensor | None],
+    sizes: Sequence[int],
+    experts: torch.Tensor,
+    activation: str = "silu",
+) -> torch.Tensor:
+    """See `rheostat.kernels.nested_ffn`."""
+    keep = structs.Keep()
+    ffn = structs.make_ffn(keep, gate, up, downs, biases, sizes, activation)
+    x = check_floats("x", x, (None, gate.shape[1]))
+    experts = check_experts(experts, len(x), len(sizes))
+    y = torch.empty(len(x), downs[0].shape[0])
+    if y.numel():
+        library.rheostat_nested_ffn(
+            ctypes.byref(ffn), pointer(x), pointer(experts), len(x), pointer(y), torch.get_num_threads()
+        )
+    return y
+
+
+def check_experts(experts: torch.Tensor, num_rows: int, num_experts: int) -> torch.Tensor:
+    """The experts as int32.
+
+    Raises:
+        SettingError: not one a row, or out of range.
+    """
+    if experts.shape != (num_rows,) or bool(((experts < -1) | (experts >= num_experts)).any()):
+        raise bad_setting("experts", experts.tolist(), f"{num_rows} numbers from -1 to {num_experts - 1}")
+    return experts.to(torch.int32).contiguous()
+
+
+def decode_attention(
+    library: ctypes.CDLL,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    starts: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
+) -> torch.Tensor:
+    """See `rheostat.kernels.decode_attention`."""
+    num_rows, num_kv_heads, num_slots, head_dim = check_cache(keys, values)
+    q = check_floats("q", q, (num_rows, None, head_dim))
+    structs.check_attention(q.shape[1], num_kv_heads, head_dim, keys.dtype)
+    lengths, starts = (check_slots(name, one, num_rows) for name, one in (("lengths", lengths), ("starts", starts)))
+    if num_rows and not bool(((starts >= 0) & (starts <= lengths) & (lengths <= num_slots)).all()):
+        raise bad_setting("starts, lengths", (starts.tolist(), lengths.tolist()), f"rising, within {num_slots} slots")
+    out = torch.empty_like(q)
+    format = structs.CACHE_DTYPES[keys.dtype]
+    shape = structs.CAttention(q.shape[1], num_kv_heads, head_dim, format, num_slots, scale, softcap)
+    if out.numel():
+        library.rheostat_attention(
+            ctypes.byref(shape),
+            *(pointer(one) for one in (q, keys, values, lengths, starts)),
+            window,
+            num_rows,
+            pointer(out),
+            torch.get_num_threads(),
+        )
+    return out
+
+
+def check_cache(keys: torch.Tensor, values: torch.Tensor) -> torch.Size:
+    """The shape [B, K, S, d] of a cache.
+
+    Raises:
+        SettingError: keys and values are not contiguous, not alike, or not on the CPU.
+    """
+    alike = keys.shape == values.shape and keys.dtype == values.dtype
+    if keys.dim() != 4 or not alike or keys.device.type != "cpu" or values.device.type != "cpu":
+        raise bad_setting("keys, values", (tuple(keys.shape), tuple(values.shape)), "alike, [B, K, S, d] on the CPU")
+    if not (keys.is_contiguous() and values.is_contiguous()):
+        raise bad_setting("keys, values", (keys.stride(), values.stride()), "contiguous")
+    return keys.shape
+
+
+def check_slots(name: str, tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """One whole number a row, as int32.
+
+    Raises:
+        SettingError: it is not.
+    """
+    if tensor.shape != (num_rows,) or tensor.is_floating_point():
+        raise bad_setting(name, tensor.tolist(), f"{num_rows} whole numbers")
+    return tensor.to(torch.int32).contiguous()
