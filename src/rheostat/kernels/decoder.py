@@ -89,9 +89,11 @@ class NativeDecoder:
             0.0,
         )
         decoder = structs.CDecoder(**self._shape, attention=heads)
-        tensors = (hidden, positions, settings, cache.lengths, cache.starts, cache.keys, cache.values, *table)
-        addresses = [None if one is None else one.data_ptr() for one in (*tensors, logits, experts)]
-        step = structs.CStep(*addresses, num_rows)
+        held = (hidden, positions, settings, cache.lengths, cache.starts, cache.keys, cache.values)
+        before, after = (
+            [None if one is None else one.data_ptr() for one in group] for group in (held, (*table, logits, experts))
+        )
+        step = structs.CStep(*before, cache.keys.stride(0), *after, num_rows)
         self._library.rheostat_step(ctypes.byref(decoder), ctypes.byref(step), torch.get_num_threads())
         cache.advance(1)
         return logits, experts
@@ -109,6 +111,9 @@ class NativeDecoder:
         )
         if tuple(cache.keys.shape) != shape or not 1 <= num_rows <= MAX_ROWS:
             raise bad_setting("cache", tuple(cache.keys.shape), f"of shape {shape}, of at most {MAX_ROWS} rows")
+        for one in (cache.keys, cache.values):  # rows that are kept free after each layer's are fine, nothing else
+            if not one[0].is_contiguous() or one.stride(0) != cache.keys.stride(0):
+                raise bad_setting("cache", one.stride(), "dense in each layer")
         if cache.dtype not in structs.CACHE_DTYPES:
             raise bad_setting("cache dtype", str(cache.dtype), ", ".join(str(one) for one in structs.CACHE_DTYPES))
         for name, one in (("positions", positions), ("token_ids", token_ids)):

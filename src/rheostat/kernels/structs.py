@@ -113,6 +113,7 @@ class CStep(ctypes.Structure):
         ("starts", _pointer),
         ("keys", _pointer),
         ("values", _pointer),
+        ("layer_stride", _long),
         ("cos", _pointer),
         ("sin", _pointer),
         ("logits", _pointer),

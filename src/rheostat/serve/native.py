@@ -201,7 +201,7 @@ class NativeBackend:
             cache = self.cache.only(order[0])
         given = settings if bool((settings > 0).any()) else None
         positions = cache.lengths.long()
-        logits, experts = plain.step(runtime.decode_weights, ids, positions, cache, given, runtime.rope)
+        logits, experts = runtime.step(ids, positions, cache, given)
         for place, row in enumerate(self._rows if cache is self.cache else rows):
             row.logits = logits[place]
             chosen = None if experts is None or settings[place] <= 0 else experts[:, place].clone()

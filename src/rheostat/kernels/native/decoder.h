@@ -43,7 +43,8 @@ struct Step {
     const float* settings;     // [B], or null: all rows dense
     const int32_t* lengths;    // [B], slots filled before this step
     const int32_t* starts;     // [B], first slots that are not padding
-    uint8_t *keys, *values;    // [L, B, K, S, d]
+    uint8_t *keys, *values;    // [L, B, K, S, d]; a layer's part is dense
+    int64_t layer_stride;      // values from a layer's part to the next: more than B K S d where rows are kept free
     const float *cos, *sin;    // [P, r / 2]
     float* logits;             // [B, V]
     int64_t* experts;          // [L, B]; written where `settings` is given
@@ -184,7 +185,7 @@ private:
         const int group = a.num_heads / a.num_kv_heads, dim = a.head_dim, wide = round_up(dim, kLanes);
         const int stride = layer.q.rows + layer.k.rows + layer.v.rows, cuts = stretches();
         const int64_t size = a.cache_format == kFloat32 ? 4 : 2;
-        const int64_t part = (int64_t)s_.num_rows * a.num_kv_heads * a.num_slots * dim * size;
+        const int64_t part = s_.layer_stride * size;
         uint8_t *keys = s_.keys + index * part, *values = s_.values + index * part;
         float* q = room(p_.queries, (size_t)(group + 1) * wide);
         Share share(s_.num_rows * a.num_kv_heads * cuts, thread_, team_.size);
