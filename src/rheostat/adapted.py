@@ -15,6 +15,11 @@ from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost
 from rheostat.dial import Dial
 from rheostat.geometry import Geometry
 from rheostat.methods.base import MeteredFFN, Method
+from rheostat.runtime.building import Unsupported
+from rheostat.runtime.choosing import KNOWN_STAGES, OWN_GENERATE, check_runtime, refuse
+from rheostat.runtime.engine import Runtime
+from rheostat.runtime.generating import generate
+from rheostat.runtime.packing import check_format
 from rheostat.spending import Compute, Pass, Spending, current_pass, current_spending, enter_pass, spend
 
 if TYPE_CHECKING:
@@ -57,6 +62,8 @@ class Adapted(nn.Module):
         self._read: WeakKeyDictionary[Any, tuple[int, list[int]]] = WeakKeyDictionary()
         """Cache -> its length after the newest pass, and how many of each row's tokens are not padding: what the
         masks of caches of a fixed size do not tell."""
+        self._runtimes: dict[str, Runtime] = {}
+        """Weight format -> our runtime in it."""
         decoder, head = families.decoder(model), families.head(model)
         self._handles = [
             decoder.register_forward_pre_hook(self._open_pass, with_kwargs=True),
@@ -88,16 +95,66 @@ class Adapted(nn.Module):
         """The host's forward, under the enclosing `rheostat.spend`."""
         return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, compute: Compute | Mapping[str, Compute] | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *args: Any,
+        compute: Compute | Mapping[str, Compute] | None = None,
+        runtime: str = "auto",
+        weights: str = "auto",
+        **kwargs: Any,
+    ) -> Any:
         """The host's `generate` at `compute` (see `rheostat.spend`); left out, the enclosing `spend` decides.
 
         Inside a `spend` block with an explicit `compute`, the block's meter goes on counting.
+
+        Args:
+            runtime: `auto` runs what it can on our own runtime and the rest on `transformers`; `native` refuses the
+                rest; `stock` is `transformers` always.
+            weights: what our runtime holds the weights in: fp32, bf16, fp16, int8, int4; `auto` is the model's dtype.
+
+        Raises:
+            SettingError: a setting is not one of these, or our runtime was asked for and cannot run this.
         """
         if compute is None:
-            return self.model.generate(*args, **kwargs)
+            return self._generate(args, kwargs, runtime, weights)
         outer = current_spending()
         with spend(compute, meter=outer.meter if outer else None):
-            return self.model.generate(*args, **kwargs)
+            return self._generate(args, kwargs, runtime, weights)
+
+    def _generate(self, args: tuple[Any, ...], kwargs: dict[str, Any], runtime: str, weights: str) -> Any:
+        try:
+            native = self.runtime(runtime, weights)
+            if native is not None:
+                if stages := self.method.acts_at() & OWN_GENERATE:
+                    raise Unsupported(f"generate with a method at the stage {sorted(stages)[0]}")
+                return generate(self.model, native, self.settings, args, kwargs)
+        except Unsupported as reason:
+            refuse(runtime, reason)
+        return self.model.generate(*args, **kwargs)
+
+    def runtime(self, runtime: str = "auto", weights: str = "auto") -> Runtime | None:
+        """Our own runtime on this model, made when first asked for; None where `transformers` has to run it.
+
+        Raises:
+            SettingError: no such setting; or `native` was asked for and cannot be had.
+        """
+        check_runtime(runtime)
+        format = check_format(weights, self.dtype)
+        if runtime == "stock":
+            return None
+        try:
+            if stages := self.method.acts_at() - KNOWN_STAGES:
+                raise Unsupported(f"a method at the stage {sorted(stages)[0]}")
+            if (spending := current_spending()) is not None and spending.override is not None:
+                raise Unsupported("an override of the routers")
+            found = self._runtimes.get(format)
+            if found is None or not found.fits(self.model, self.hook_ids):
+                self._runtimes.clear()  # one format at a time, and never old weights
+                found = self._runtimes[format] = Runtime(self.model, format, self.hook_ids)
+            return found
+        except Unsupported as reason:
+            refuse(runtime, reason)
+            return None
 
     def detach(self) -> PreTrainedModel:
         """Take the method and the hooks off and return the host. This object is of no use afterwards."""
@@ -106,6 +163,11 @@ class Adapted(nn.Module):
         self._handles = []
         self.method.detach(self.model)
         return self.model
+
+    @property
+    def hook_ids(self) -> frozenset[int]:
+        """Of the hooks set on the host, as `torch` numbers them."""
+        return frozenset(handle.id for handle in self._handles)
 
     # -- hooks
 
@@ -127,6 +189,10 @@ class Adapted(nn.Module):
             spending.meter.open_pass(phase, valid, self.geometry.num_layers, full)
             if self._num_plain_ffns:
                 spending.meter.widths(valid.long() * full * self._num_plain_ffns)
+
+    def settings(self, phase: str, num_rows: int) -> dict[str, torch.Tensor]:
+        """The native settings [B] that the enclosing `spend` asks for in a phase; empty when all run dense."""
+        return self._settings(current_spending(), phase, num_rows, self.device)
 
     def _settings(
         self, spending: Spending | None, phase: str, num_rows: int, device: torch.device

@@ -1,4 +1,4 @@
-"""Generate token by token through a method's own touchpoints, with the bill of each token.
+"""Generate token by token, on our own runtime or through a method's own touchpoints, with the bill of each token.
 
 For everything that `transformers` offers (beams, constraints, many samples) use `Adapted.generate`; this loop
 is for streaming.
@@ -14,7 +14,11 @@ import torch
 
 from rheostat.adapted import Adapted
 from rheostat.errors import bad_setting
+from rheostat.runtime.building import Unsupported
+from rheostat.runtime.choosing import refuse
+from rheostat.runtime.engine import Batch, Runtime, keys_and_values
 from rheostat.sampling import Sampling, sample
+from rheostat.spending import Spending, current_spending
 
 
 @dataclass(frozen=True)
@@ -39,36 +43,100 @@ def stream(
     sampling: Sampling | None = None,
     eos_token_ids: tuple[int, ...] = (),
     generator: torch.Generator | None = None,
+    runtime: str = "auto",
+    weights: str = "auto",
 ) -> Iterator[Step]:
     """Prefill the prompts [B, T] (left-padded) and yield one `Step` a token, until all rows ended or the limit
     is reached.
 
     Runs under the enclosing `rheostat.spend`. Rows that ended go on with their end token, so that shapes stay put.
 
+    Args:
+        runtime: `auto`, `native` or `stock`, as for `Adapted.generate`.
+        weights: what our own runtime holds the weights in, likewise.
+
     Raises:
-        SettingError: an empty prompt, padding on the right, or `max_new_tokens` below 1.
+        SettingError: an empty prompt, padding on the right, `max_new_tokens` below 1, or a runtime that cannot be had.
     """
     if input_ids.dim() != 2 or not input_ids.numel():
         raise bad_setting("input_ids", tuple(input_ids.shape), "of shape [B, T] with at least one token")
     if max_new_tokens < 1:
         raise bad_setting("max_new_tokens", max_new_tokens, "1 or more")
-    method, model = adapted.method, adapted.model
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if mask.shape != input_ids.shape or not bool(mask[:, -1].all()):
         allowed = f"{list(input_ids.shape)}, with padding on the left only"
         raise bad_setting("attention_mask", f"{list(mask.shape)}", allowed)
-    cache = method.make_cache(model)
+    native = adapted.runtime(runtime, weights)
     started = time.perf_counter()
-    logits = method.prefill(model, input_ids, mask, cache)
+    passes = (
+        _Stock(adapted, input_ids, mask)
+        if native is None
+        else _start_native(adapted, native, input_ids, mask, max_new_tokens, runtime)
+    )
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     ends = torch.tensor(eos_token_ids, device=input_ids.device)
     last = torch.zeros_like(ended, dtype=torch.long)
     for step in range(max_new_tokens):
-        drawn = sample(logits, sampling or Sampling(), generator)
+        drawn = sample(passes.logits, sampling or Sampling(), generator)
         last = torch.where(ended, last, drawn)
         ended = ended | torch.isin(last, ends)
         yield Step(last, time.perf_counter() - started, ended)
         if bool(ended.all()) or step == max_new_tokens - 1:
             return
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        logits = method.decode(model, last[:, None], mask, cache)
+        passes.step(last)
+
+
+class _Stock:
+    """A batch on `transformers`, through the method's own touchpoints."""
+
+    logits: torch.Tensor
+    """[B, V], for the next token."""
+
+    def __init__(self, adapted: Adapted, input_ids: torch.Tensor, mask: torch.Tensor) -> None:
+        self.adapted, self.mask = adapted, mask
+        self.cache = adapted.method.make_cache(adapted.model)
+        self.logits = adapted.method.prefill(adapted.model, input_ids, mask, self.cache)
+
+    def step(self, token_ids: torch.Tensor) -> None:
+        """Read the newest token [B] of each row."""
+        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
+        self.logits = self.adapted.method.decode(self.adapted.model, token_ids[:, None], self.mask, self.cache)
+
+
+class _Native:
+    """A batch on our own runtime."""
+
+    def __init__(self, adapted: Adapted, batch: Batch) -> None:
+        self.adapted, self.batch = adapted, batch
+        self.asked: Spending | None = None
+        self.setting: torch.Tensor | None = None
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """[B, V], for the next token."""
+        return self.batch.logits
+
+    def step(self, token_ids: torch.Tensor) -> None:
+        """Read the newest token [B] of each row."""
+        asked = current_spending()
+        if asked is not self.asked:  # it may change from token to token, but mostly does not
+            self.setting = self.batch.runtime.setting(self.adapted.settings("decode", len(token_ids)))
+            self.asked = asked
+        self.batch.step(token_ids, self.setting)
+        self.batch.settle()
+
+
+def _start_native(
+    adapted: Adapted, runtime: Runtime, input_ids: torch.Tensor, mask: torch.Tensor, num_new: int, wanted: str
+) -> _Stock | _Native:
+    """A prompt read by our runtime; or by the method that acts at prefill, and then we go on from its cache."""
+    if "prefill" not in adapted.method.acts_at():
+        settings = adapted.settings("prefill", len(input_ids))
+        return _Native(adapted, Batch.read(runtime, input_ids, mask, settings, num_new=num_new))
+    stock = _Stock(adapted, input_ids, mask)
+    try:
+        pairs = keys_and_values(stock.cache, input_ids.shape[1])
+    except Unsupported as reason:
+        refuse(wanted, reason)
+        return stock
+    return _Native(adapted, Batch.resume(runtime, pairs, mask, stock.logits, num_new=num_new))

@@ -168,6 +168,11 @@ def gated_mlp(model: Any, mlp: nn.Module) -> GatedMLP:
     return GatedMLP(mlp, is_fused)
 
 
+def plain_mlp(model: Any, layer: Any) -> GatedMLP:
+    """The host's own MLP of a layer, whatever a method has put around it."""
+    return gated_mlp(model, getattr(layer.mlp, "host", layer.mlp))
+
+
 def plain_state_dict(model: Any) -> dict[str, torch.Tensor]:
     """The host's own state dict under its own names, whatever a method has put around its MLPs. Tied tensors
     are kept once."""

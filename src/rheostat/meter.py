@@ -124,6 +124,11 @@ class Meter:
 
     # What the model and the methods call while they run.
 
+    @property
+    def counts_widths(self) -> bool:
+        """Whether widths and experts are counted now: not while whole passes are charged to a side part."""
+        return self._charged is None
+
     @contextmanager
     def charging(self, part: str) -> Iterator[None]:
         """Forward passes inside the block are work that the dense model would not have done: their flat cost goes to

@@ -138,7 +138,7 @@ def test_the_stock_side_of_an_artifact_is_its_plain_checkpoint(tmp_path: Path, a
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(SettingError, match="kind='abacus': must be one of stock, dial, llama.cpp"):
+    with pytest.raises(SettingError, match="kind='abacus': must be one of stock, dial, native, llama.cpp"):
         make_side(SideSpec(kind="abacus", model="m"))
 
 

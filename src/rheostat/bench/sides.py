@@ -1,4 +1,4 @@
-"""What is timed: stock `transformers`, a dial's setting, llama.cpp; one interface for all.
+"""What is timed: stock `transformers`, a dial's setting there, our own runtime, llama.cpp; one interface for all.
 
 Stock and dial run through the same code, `Method`'s prefill and decode with greedy choice, so that what differs
 between them is the method. A stock side is the plain host model with no hooks of ours on it.
@@ -29,7 +29,7 @@ from rheostat.spending import spend
 if TYPE_CHECKING:
     from transformers import Cache
 
-KINDS = ("stock", "dial", "llama.cpp")
+KINDS = ("stock", "dial", "native", "llama.cpp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,16 @@ class SideSpec:
     threads: int = 0
     context: int = 0
     """Tokens that the cache must hold (llama.cpp asks in advance)."""
+    weights: str = "auto"
+    """Format of our own runtime's weights."""
 
     @property
     def label(self) -> str:
         """What tables call it."""
         if self.kind == "dial":
             return f"dial {self.compute:g}"
+        if self.kind == "native":
+            return f"native {self.weights} {self.compute:g}"
         return f"{self.kind} {self.dtype}".strip()
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,22 +203,27 @@ def stock_model(source: str, dtype: str, device: str) -> Any:
     return models.load(source, dtype=dtype, device=device)[0]
 
 
-def make_side(spec: SideSpec, adapted: Adapted | None = None) -> Side:
+def make_side(spec: SideSpec, adapted: Adapted | None = None, twin: Side | None = None) -> Side:
     """Load a side.
 
     Args:
-        adapted: of a dial's side, where it is loaded already.
+        adapted: of a dial's side or a native one, where it is loaded already.
+        twin: a native side of the same model in the same format, whose weights this one may share.
 
     Raises:
         SettingError: the model cannot be loaded.
     """
     if spec.kind == "stock":
         return TorchSide(spec, stock_model(spec.model, spec.dtype, spec.device))
-    if spec.kind == "dial":
+    if spec.kind in ("dial", "native"):
         if adapted is None:
             found: Any = models.load(spec.model, dtype=spec.dtype, device=spec.device)[0]
             adapted = found if isinstance(found, Adapted) else Adapted(found)
-        return TorchSide(spec, adapted.model, adapted.method)
+        if spec.kind == "dial":
+            return TorchSide(spec, adapted.model, adapted.method)
+        from rheostat.bench.native import NativeSide  # here, because it builds on this module
+
+        return NativeSide(spec, adapted, twin.runtime if isinstance(twin, NativeSide) else None)
     if spec.kind == "llama.cpp":
         from rheostat.bench.llama import LlamaSide
 

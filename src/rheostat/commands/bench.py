@@ -13,7 +13,7 @@ Example:
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,9 @@ class Config(Common):
     rounds: int = setting(5, help="rounds that count; one more warms up")
     stock: tuple[str, ...] = setting(
         ("float32", "bfloat16", "float16"), help="dtypes to try stock transformers in (--dtype is the dial's)"
+    )
+    weights: tuple[str, ...] = setting(
+        ("bf16", "int8"), help="formats to try our own runtime in: fp32, bf16, fp16, int8, int4; empty for none"
     )
     llama: bool = setting(True, help="run llama.cpp too, where it is installed and the GGUF file is known")
     gguf: str | None = setting(None, help="the model's GGUF file (default: a bundled model's own)")
@@ -128,7 +131,7 @@ def _bench(config: Config, model: str) -> dict[str, Any]:
         "model": model,
         "method": loaded.adapted.method.to_dict(),
         "settings": {name: getattr(config, name) for name in ("new", "rounds", "dtype", "data", "device")}
-        | {name: list(getattr(config, name)) for name in ("prompts", "batch", "stock")}
+        | {name: list(getattr(config, name)) for name in ("prompts", "batch", "stock", "weights")}
         | {"compute": list(computes)},
         "load": load_before,
         "rows": [],
@@ -175,6 +178,7 @@ def _specs(config: Config, loaded: Loaded, model: str, computes: Sequence[float]
     dial: dict[str, Any] = {"kind": "dial", "model": model, "dtype": _full_name(config.dtype)}
     specs = [SideSpec(kind="stock", model=model, dtype=dtype, **common) for dtype in stock]
     specs += [SideSpec(compute=compute, **dial, **common) for compute in dict.fromkeys(computes)]
+    specs += _native_specs(config, loaded, dict.fromkeys(computes), dial | common, notes)
     if not config.llama:
         return specs
     if not llama.is_installed():
@@ -190,6 +194,28 @@ def _specs(config: Config, loaded: Loaded, model: str, computes: Sequence[float]
         raise bad_setting("gguf", str(file), "a file")
     context = max(config.prompts) + config.new
     return [*specs, SideSpec(kind="llama.cpp", model=str(file), context=context, **common)]
+
+
+def _native_specs(
+    config: Config, loaded: Loaded, computes: Iterable[float], common: dict[str, Any], notes: list[str]
+) -> list[SideSpec]:
+    """Of our own runtime: each format at each setting of the dial; a note where it does not run this model."""
+    from rheostat.bench.sides import SideSpec
+    from rheostat.runtime.building import Unsupported
+    from rheostat.runtime.engine import Runtime
+    from rheostat.runtime.packing import check_format
+
+    specs: list[SideSpec] = []
+    for name in config.weights:
+        format = check_format(name, loaded.adapted.dtype)
+        try:
+            Runtime(loaded.adapted.model, format, loaded.adapted.hook_ids)
+        except Unsupported as reason:
+            notes.append(f"native {format}: not measured, the runtime does not support {reason}")
+            continue
+        wanted = common | {"kind": "native", "weights": format, "context": config.new}
+        specs += [SideSpec(compute=compute, **wanted) for compute in computes]
+    return specs
 
 
 def _full_name(dtype: str) -> str:
@@ -224,9 +250,15 @@ def _load_sides(specs: Sequence[SideSpec], loaded: Loaded, progress: ProgressDis
     sides = []
     for place, spec in enumerate(specs):
         progress("loading", place, len(specs))
-        sides.append(make_side(spec, loaded.adapted if spec.kind == "dial" else None))
+        mine = loaded.adapted if spec.kind in ("dial", "native") else None
+        twin = next((side for side in sides if mine and _same_weights(side.spec, spec)), None)
+        sides.append(make_side(spec, mine, twin))
     progress("loading", len(specs), len(specs))
     return sides
+
+
+def _same_weights(one: SideSpec, other: SideSpec) -> bool:
+    return one.kind == other.kind == "native" and one.weights == other.weights
 
 
 # -- output

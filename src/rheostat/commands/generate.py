@@ -45,6 +45,8 @@ class Config(Common):
     temperature: float = setting(0.0, help="0 takes the most likely token; above, tokens are drawn")
     top_k: int = setting(0, help="draw among the k most likely tokens; 0 is no limit")
     top_p: float = setting(1.0, help="draw among the most likely tokens that together reach this probability")
+    runtime: str = setting("auto", help="auto: our own where it can; native: insist on it; stock: transformers")
+    weights: str = setting("auto", help="our runtime's weights: fp32, bf16, fp16, int8, int4 (default: as --dtype)")
     chat: bool | None = setting(None, help="put the prompt into the chat template (default: if there is one)")
 
 
@@ -68,6 +70,8 @@ def run(config: Config) -> dict[str, Any]:
     num_tokens = input_ids.shape[1] + config.max_new_tokens
     check_context(loaded.adapted, "max_new_tokens", config.max_new_tokens, num_tokens)
 
+    native = loaded.adapted.runtime(config.runtime, config.weights)
+    runs_on = "transformers" if native is None else f"native {native.format}"
     low = _cheapest_width(loaded)
     coloured = terminal.uses_colour(sys.stdout) and low < 1
     out = terminal.console()
@@ -80,6 +84,7 @@ def run(config: Config) -> dict[str, Any]:
         writer = Writer(sys.stdout, loaded.tokenizer.decode, low if coloured else None)
         answer = _answer(config, loaded, input_ids, one, sampling, writer)
         out.print()
+        answer["runtime"] = runs_on
         _show_bill(answer)
         answers.append(answer)
     figures: dict[str, Any] = {"prompt": config.prompt, "answers": answers}
@@ -154,6 +159,8 @@ def _answer(
             sampling=sampling,
             eos_token_ids=_end_ids(loaded),
             generator=generator,
+            runtime=config.runtime,
+            weights=config.weights,
         )
         while True:
             started = time.perf_counter()  # ours, because the stream's clock goes on while we write
@@ -214,7 +221,7 @@ def _show_bill(answer: dict[str, Any]) -> None:
         f"width    {bill['ffn_fraction']:.0%} of the FFN"
         + (f", by layer {terminal.sparkline(layers)}" if layers else "")
     )
-    out.print(f"time     {bill['first_token_ms']:.0f} ms to the first token{speed}")
+    out.print(f"time     {bill['first_token_ms']:.0f} ms to the first token{speed} ({answer['runtime']})")
 
 
 # -- the request

@@ -20,6 +20,7 @@ from rheostat import families
 from rheostat.cost import Cost, dense_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
+from rheostat.runtime.weights import FFNWeights
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -40,6 +41,11 @@ class MeteredFFN(nn.Module):
 
     is_naive: bool = False
     """Call the host's projections as modules, whole, so that adapters on them take part; slower."""
+
+    def runtime_weights(self) -> FFNWeights | None:
+        """This FFN as the runtime computes it, as views of its parameters; None (the default) when the runtime cannot,
+        and `transformers` runs the model."""
+        return None
 
 
 M = TypeVar("M", bound="Method")
@@ -122,6 +128,10 @@ class Method:
     def wants_teacher(self) -> bool:
         """Whether the loss uses the dense model's logits."""
         return False
+
+    def acts_at(self) -> frozenset[str]:
+        """The stages that this method, or any within it, acts at."""
+        return self.stages
 
     # -- the dial
 

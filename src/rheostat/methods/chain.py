@@ -50,6 +50,10 @@ class Chain(Method):
         """The method that claims `stage`, or the plain model."""
         return next((m for m in self.methods if stage in m.stages), Method())
 
+    def acts_at(self) -> frozenset[str]:
+        """The stages of all its methods."""
+        return frozenset().union(*(method.acts_at() for method in self.methods))
+
     def check(self, model: PreTrainedModel) -> None:
         """Every method must accept the model."""
         for method in self.methods:

@@ -9,8 +9,9 @@ from torch import nn
 
 from rheostat.families import GatedMLP
 from rheostat.methods.base import MeteredFFN
-from rheostat.methods.dynamoe.experts import run_grouped, run_naive, run_one
+from rheostat.methods.dynamoe.experts import down_of, run_grouped, run_naive, run_one
 from rheostat.methods.dynamoe.routing import Router, choose_by_confidence, choose_by_damage
+from rheostat.runtime.weights import FFNWeights, RouterWeights
 from rheostat.spending import Pass, Spending, current_pass, current_spending
 
 
@@ -71,6 +72,29 @@ class NestedFFN(MeteredFFN):
         linear.weight.copy_(weight)  # type: ignore[operator]
         if bias is not None:
             linear.bias.copy_(bias)  # type: ignore[operator]
+
+    def runtime_weights(self) -> FFNWeights | None:
+        """The experts, their own down projections and the router; None for adapters on the projections."""
+        if self.is_naive:
+            return None
+        gate, up = self.mlp.gate_up(0, self.sizes[-1])
+        places = [down_of(self.mlp, self.downs, expert, self.sizes[expert]) for expert in range(len(self.sizes))]
+        places = places if len(self.downs) else places[-1:]
+        return FFNWeights(
+            gate=gate.detach(),
+            up=up.detach(),
+            downs=tuple(weight.detach() for weight, _ in places),
+            down_biases=tuple(None if bias is None else bias.detach() for _, bias in places),
+            sizes=self.sizes,
+            router=RouterWeights(
+                key=self.key,
+                rule="confidence" if self.target == "class" else "damage",
+                inner=self.router.inner.weight.detach(),
+                inner_bias=self.router.inner.bias.detach(),
+                outer=self.router.outer.weight.detach(),
+                outer_bias=self.router.outer.bias.detach(),
+            ),
+        )
 
     # -- choosing
 

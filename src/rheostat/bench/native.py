@@ -1,0 +1,102 @@
+"""Our own runtime as a side, in one weight format at one setting of the dial."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rheostat.adapted import Adapted
+from rheostat.bench.sides import Side, SideSpec, Spent
+from rheostat.cost import Cost, Parts
+from rheostat.runtime.engine import Batch, Runtime
+from rheostat.runtime.packing import check_format, prefill_dtype
+from rheostat.runtime.weights import DecoderWeights, Matrix
+from rheostat.spending import spend
+
+
+class NativeSide(Side):
+    """A batch on the runtime, with greedy choice and the meter running, as in use."""
+
+    def __init__(self, spec: SideSpec, adapted: Adapted, runtime: Runtime | None = None) -> None:
+        """Pack the weights.
+
+        Args:
+            runtime: of this model in this format, where there is one already.
+
+        Raises:
+            Unsupported: the runtime cannot run this model in this format.
+        """
+        format = check_format(spec.weights, adapted.dtype)
+        self.runtime = runtime or Runtime(adapted.model, format, adapted.hook_ids)
+        self.adapted = adapted
+        self.spec = replace(spec, weights=format, dtype=str(prefill_dtype(format)).removeprefix("torch."))
+        assert self.runtime.decode_weights is not None, "packing is not to be timed"
+        assert self.runtime.prefill_weights is not None
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """No gradients, and the dial's setting."""
+        with torch.inference_mode(), spend(self.spec.compute, keep_passes=False):
+            yield
+
+    def prefill(self, ids: torch.Tensor) -> tuple[Batch, torch.Tensor]:
+        """One pass over the prompts [B, T]."""
+        settings = self.adapted.settings("prefill", len(ids))
+        batch = Batch.read(self.runtime, ids, None, settings, num_new=self.spec.context)
+        return batch, batch.logits.argmax(-1)
+
+    def decode(self, state: tuple[Batch, torch.Tensor]) -> tuple[Batch, torch.Tensor]:
+        """One pass over one token a row."""
+        batch, token_ids = state
+        setting = self.runtime.setting(self.adapted.settings("decode", len(token_ids)))
+        logits = batch.step(token_ids, setting)
+        batch.settle()
+        return batch, logits.argmax(-1)
+
+    def wait(self) -> None:
+        """Nothing runs on."""
+
+    def spent(self, ids: torch.Tensor, num_steps: int) -> Spent:
+        """By the meter, with the bytes of the forms that the weights really have."""
+        with torch.inference_mode():
+            with spend(self.spec.compute, keep_passes=False) as prefill:
+                state = self.prefill(ids)
+            with spend(self.spec.compute, keep_passes=False) as decode:
+                for _ in range(num_steps):
+                    state = self.decode(state)
+        used, dense = prefill.cost + decode.cost, prefill.dense + decode.dense
+        runtime = self.runtime
+        return Spent(
+            self._held(prefill.cost, replace(runtime.prefill_weights, head=runtime.weights.head)),
+            self._held(decode.cost, runtime.decode_weights),
+            num_steps,
+            used.flops.flat / dense.flops.flat,
+        )
+
+    def _held(self, cost: Cost, form: DecoderWeights) -> Cost:
+        """`cost`, whose bytes are those of the model's dtype, with the bytes of `form` and of our cache."""
+        itemsize = self.runtime.itemsize
+        plain, layers = self.runtime.weights, range(len(form.layers))
+        part_of: dict[str, list[tuple[Matrix, Matrix]]] = {
+            "attention": [
+                (getattr(form.layers[i], name), getattr(plain.layers[i], name)) for i in layers for name in "qkvo"
+            ],
+            "ffn": [
+                (getattr(form.layers[i].ffn, n), getattr(plain.layers[i].ffn, n))
+                for i in layers
+                for n in ("gate", "up")
+            ],
+            "head": [(form.head, plain.head)],
+        }
+        shares = {
+            part: sum(a.nbytes for a, _ in pairs) / sum(b.nbytes for _, b in pairs) for part, pairs in part_of.items()
+        }
+        shares["scores"] = self.runtime.cache_dtype.itemsize / itemsize
+        names: dict[str, Any] = {
+            part: round(getattr(cost.bytes, part) * shares.get(part, 1.0)) for part in Parts.__dataclass_fields__
+        }
+        return replace(cost, bytes=Parts(**names))

@@ -1,0 +1,100 @@
+// What Python calls. Arguments are checked there; here they are taken as right.
+#include "decoder.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int rheostat_level() {
+#if LEVEL_AVX512
+    return 2;
+#elif LEVEL_AVX2
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// y [M, stop - start] = x [M, K] W[start:stop]^T + bias
+EXPORT void rheostat_few_rows(const Matrix* m, const float* x, int64_t x_stride, int num_rows, int start, int stop,
+                              const float* bias, float* y, int64_t y_stride, int num_threads) {
+    static thread_local Input in;
+    in.reserve(m->format, num_rows, m->cols);
+    for (int r = 0; r < num_rows; r++) in.set_row(m->format, r, x + r * x_stride, m->cols);
+    Input& ready = in;
+    parallel(num_threads, [&](Team& team, int thread) {
+        multiply(*m, ready, num_rows, start, stop, bias, y, y_stride, false, team, thread);
+    });
+}
+
+// Reads `bytes` bytes (a multiple of 4096) once: the machine's bandwidth, without arithmetic worth the name.
+EXPORT uint32_t rheostat_read(const uint8_t* data, int64_t bytes, int num_threads) {
+    std::atomic<uint32_t> total{0};
+    parallel(num_threads, [&](Team& team, int thread) {
+        Share share((int)(bytes / 4096), thread, team.size);
+        U16 a{}, b{}, c{}, d{};
+        for (const uint8_t* p = data + (int64_t)share.begin * 4096; p < data + (int64_t)share.end * 4096; p += 256) {
+            U16 v[4];
+            memcpy(v, p, sizeof v);
+            a ^= v[0], b ^= v[1], c ^= v[2], d ^= v[3];
+        }
+        a ^= b ^ c ^ d;
+        total ^= a[0] ^ a[5];
+    });
+    return total;
+}
+
+// y [M, D] of rows x [M, D] through experts [M]; -1 gives zeros.
+EXPORT void rheostat_nested_ffn(const Ffn* ffn, const float* x, const int32_t* experts, int num_rows, float* y,
+                                int num_threads) {
+    static thread_local Order order;
+    static thread_local Input in, hidden;
+    const int width = ffn->gate.cols, outputs = ffn->downs[0].rows;
+    order.sort(*ffn, experts, num_rows);
+    in.reserve(ffn->gate.format, num_rows, width);
+    for (int r = 0; r < num_rows; r++) in.set_row(ffn->gate.format, r, x + (int64_t)order.rows[r] * width, width);
+    hidden.reserve(ffn->downs[0].format, num_rows, ffn->size());
+    Order& sorted = order;
+    Input &ready = in, &between = hidden;
+    parallel(num_threads, [&](Team& team, int thread) {
+        static thread_local std::vector<float> buffer;
+        ffn_hidden(*ffn, sorted, ready, between, buffer, team, thread);
+        team.barrier();
+        ffn_down(*ffn, sorted, between, y, outputs, false, team, thread);
+    });
+}
+
+// out [B, H, d] of queries q [B, H, d] over slots [starts, lengths) of each row.
+EXPORT void rheostat_attention(const Attention* a, const float* q, const void* keys, const void* values,
+                               const int32_t* lengths, const int32_t* starts, int window, int num_rows, float* out,
+                               int num_threads) {
+    static thread_local std::vector<float> pieces;
+    const int group = a->num_heads / a->num_kv_heads, d = a->head_dim, wide = round_up(d, kLanes);
+    int longest = 0;
+    for (int b = 0; b < num_rows; b++) longest = std::max(longest, lengths[b] - starts[b]);
+    const int most = num_stretches(num_rows, *a, longest, num_threads);
+    room(pieces, (size_t)num_rows * a->num_kv_heads * most * piece_floats(group, d));
+    float* scratch = pieces.data();
+    parallel(num_threads, [&](Team& team, int thread) {
+        static thread_local std::vector<float> buffer, queries;
+        const int cuts = num_stretches(num_rows, *a, longest, team.size);
+        float* scaled = room(queries, (size_t)group * wide);
+        Share share(num_rows * a->num_kv_heads * cuts, thread, team.size);
+        for (int item = share.begin; item < share.end; item++) {
+            const int cut = item % cuts, k = item / cuts % a->num_kv_heads, b = item / cuts / a->num_kv_heads;
+            for (int g = 0; g < group; g++)
+                for (int i = 0; i < wide; i++)
+                    scaled[g * wide + i] = i < d ? q[((int64_t)b * a->num_heads + k * group + g) * d + i] * a->scale : 0;
+            const int begin = window ? std::max(starts[b], lengths[b] - window) : starts[b];
+            Share slots(std::max(lengths[b] - begin, 0), cut, cuts);
+            attend_slots(*a, scaled, keys, values, b, k, begin + slots.begin, begin + slots.end,
+                         piece_at(scratch, item, group, d), buffer);
+        }
+        team.barrier();
+        Share heads(num_rows * a->num_heads, thread, team.size);
+        for (int i = heads.begin; i < heads.end; i++)
+            join(*a, scratch, i / a->num_heads, i % a->num_heads, cuts, out + (int64_t)i * d);
+    });
+}
+
+EXPORT void rheostat_step(const Decoder* decoder, const Step* step, int num_threads) {
+    take_step(*decoder, *step, num_threads);
+}

@@ -1,0 +1,167 @@
+// A small pool of threads that wait by spinning for a moment, and then sleep.
+//
+// A decode step has hundreds of short parallel parts. `Pool::run` starts all threads on one function, which goes
+// through its parts with `Team::barrier` in between; nothing is allocated and no kernel call is made on that path.
+//
+// Safe to use from several threads (a second caller at the same time works alone), and after `fork` (the child starts
+// a pool of its own).
+#pragma once
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "simd.h"
+
+INLINE void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+constexpr int kSpins = 2000;            // before a thread that waits lets others run: some 20 microseconds
+constexpr int kAwakeMicroseconds = 200;  // an idle worker stays awake: the time between two steps
+
+// The threads that run one function, and where they meet.
+struct Team {
+    int size = 1;
+    alignas(64) std::atomic<int> arrived{0};
+    alignas(64) std::atomic<int> phase{0};
+
+    void barrier() {
+        if (size == 1) return;
+        int now = phase.load(std::memory_order_relaxed);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
+            arrived.store(0, std::memory_order_relaxed);
+            phase.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int i = 0; phase.load(std::memory_order_acquire) == now; i++)
+            if (i < kSpins)
+                relax();
+            else
+                sched_yield();
+    }
+};
+
+typedef void (*Work)(void* context, Team& team, int thread);
+
+class Pool {
+public:
+    // Run `work` on up to `num_threads` threads, the caller among them, and return when all are done.
+    void run(int num_threads, Work work, void* context) {
+        std::unique_lock<std::mutex> lock(running_, std::try_to_lock);
+        if (num_threads <= 1 || !lock.owns_lock()) {
+            Team alone;
+            work(context, alone, 0);
+            return;
+        }
+        grow(num_threads - 1);
+        int size = 1 + (int)workers_.size() < num_threads ? 1 + (int)workers_.size() : num_threads;
+        team_.size = size;
+        work_ = work;
+        context_ = context;
+        left_.store((int)workers_.size(), std::memory_order_relaxed);
+        start_.fetch_add(1, std::memory_order_seq_cst);
+        if (asleep_.load(std::memory_order_seq_cst)) {
+            std::lock_guard<std::mutex> guard(sleeping_);
+            wake_.notify_all();
+        }
+        work(context, team_, 0);
+        for (int i = 0; left_.load(std::memory_order_acquire); i++)
+            if (i < kSpins)
+                relax();
+            else
+                sched_yield();
+    }
+
+private:
+    void grow(int num_workers) {
+        while ((int)workers_.size() < num_workers) {
+            int index = (int)workers_.size() + 1;
+            uint32_t seen = start_.load(std::memory_order_relaxed);
+            try {
+                workers_.emplace_back([this, index, seen] { serve(index, seen); });
+                workers_.back().detach();
+            } catch (const std::system_error&) {  // no more threads to be had: go on with those there are
+                return;
+            }
+        }
+    }
+
+    void serve(int index, uint32_t seen) {
+        for (;;) {
+            await(seen);
+            seen++;
+            if (index < team_.size) work_(context_, team_, index);
+            left_.fetch_sub(1, std::memory_order_acq_rel);
+        }
+    }
+
+    void await(uint32_t seen) {
+        auto began = std::chrono::steady_clock::now();
+        for (;;) {
+            for (int i = 0; i < 64; i++) {
+                if (start_.load(std::memory_order_acquire) != seen) return;
+                relax();
+            }
+            if (std::chrono::steady_clock::now() - began > std::chrono::microseconds(kAwakeMicroseconds)) break;
+        }
+        std::unique_lock<std::mutex> lock(sleeping_);
+        asleep_.fetch_add(1, std::memory_order_seq_cst);
+        wake_.wait(lock, [&] { return start_.load(std::memory_order_seq_cst) != seen; });
+        asleep_.fetch_sub(1, std::memory_order_seq_cst);
+    }
+
+    std::mutex running_, sleeping_;
+    std::condition_variable wake_;
+    std::vector<std::thread> workers_;
+    Team team_;
+    Work work_ = nullptr;
+    void* context_ = nullptr;
+    alignas(64) std::atomic<uint32_t> start_{0};
+    alignas(64) std::atomic<int> left_{0};
+    std::atomic<int> asleep_{0};
+};
+
+// Never freed: its threads live as long as the process, and a child of `fork` has none of them.
+static std::atomic<Pool*> the_pool{nullptr};
+
+static Pool& pool() {
+    Pool* found = the_pool.load(std::memory_order_acquire);
+    if (found) return *found;
+    static std::atomic<bool> is_registered{false};
+    if (!is_registered.exchange(true))
+        pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr, std::memory_order_release); });
+    Pool* fresh = new Pool;
+    if (!the_pool.compare_exchange_strong(found, fresh)) {
+        delete fresh;
+        return *found;
+    }
+    return *fresh;
+}
+
+// Run a callable of (Team&, thread) on the pool.
+template <class Function>
+static void parallel(int num_threads, Function&& function) {
+    pool().run(
+        num_threads, [](void* f, Team& team, int thread) { (*(typename std::remove_reference<Function>::type*)f)(team, thread); },
+        (void*)&function);
+}
+
+// The share [begin, end) of `count` units that thread `thread` of `size` takes.
+struct Share {
+    int begin, end;
+    Share(int count, int thread, int size)
+        : begin((int)((int64_t)count * thread / size)), end((int)((int64_t)count * (thread + 1) / size)) {}
+};

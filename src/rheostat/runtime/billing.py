@@ -1,0 +1,153 @@
+"""The bill of what the runtime did, to the last byte what the modules of an `Adapted` bill in `transformers`.
+
+Steps are billed many at a time where nobody watches, and one by one in a stream; both through the same sums.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
+from rheostat.geometry import Geometry
+from rheostat.meter import Meter
+from rheostat.runtime.weights import DecoderWeights
+
+
+class Tally:
+    """How many tokens took each expert, over the passes of one batch: rows of one tensor, so that a step adds to all
+    at once. The meter holds the rows."""
+
+    def __init__(self) -> None:
+        self.totals = torch.zeros(0)
+        self.views: list[torch.Tensor] = []
+
+
+class Biller:
+    """Bills passes of one model to a meter."""
+
+    def __init__(self, weights: DecoderWeights, geometry: Geometry, itemsize: int) -> None:
+        self.geometry, self.itemsize = geometry, itemsize
+        self.routed = [place for place, layer in enumerate(weights.layers) if layer.ffn.router is not None]
+        ffns = [weights.layers[place].ffn for place in self.routed]
+        self.num_plain = len(weights.layers) - len(self.routed)
+        most = max((len(ffn.sizes) for ffn in ffns), default=1)
+        padded = [[*ffn.sizes, *[ffn.sizes[-1]] * (most - len(ffn.sizes))] for ffn in ffns]
+        self.sizes = torch.tensor(padded, dtype=torch.int64).view(len(ffns), most)  # [R, E]
+        self.full = torch.tensor([len(ffn.sizes) - 1 for ffn in ffns], dtype=torch.int64)  # [R]
+        self.has_own_downs = torch.tensor([len(ffn.downs) > 1 for ffn in ffns], dtype=torch.bool)
+        self.num_experts = [len(ffn.sizes) for ffn in ffns]
+        self.router_weights = sum(ffn.router.num_weights for ffn in ffns if ffn.router is not None)
+        self._kinds = Counter(geometry.windows or (0,) * geometry.num_layers)
+        fixed = attention_weight_bytes(geometry, itemsize) + ffn_cost(geometry, 0, self.num_plain, itemsize)
+        self._per_pass = fixed + head_cost(geometry, 0, itemsize)
+        self._per_token = (
+            attention_cost(geometry, 1, 0, itemsize)
+            + ffn_cost(geometry, 1, self.num_plain, 0)
+            + embedding_cost(geometry, 1, itemsize)
+            + head_cost(geometry, 1, 0)
+        )
+
+    def prefill(
+        self,
+        meter: Meter,
+        tally: Tally,
+        valid: torch.Tensor,
+        lengths: Sequence[int],
+        experts: Sequence[torch.Tensor] | None,
+    ) -> None:
+        """One pass over prompts that stood at `valid` [B, T]; experts of the packed tokens [N] for each routed layer,
+        or None where all took the full FFN."""
+        geometry, full = self.geometry, self.geometry.ffn_size
+        meter.open_pass("prefill", valid, geometry.num_layers, full)
+        num_tokens = sum(lengths)
+        cost = attention_weight_bytes(geometry, self.itemsize)
+        for length, number in Counter(lengths).items():
+            cost += attention_cost(geometry, length, 0, self.itemsize).times(number)
+        if self.num_plain:
+            cost += ffn_cost(geometry, num_tokens, self.num_plain, self.itemsize)
+        cost += embedding_cost(geometry, num_tokens, self.itemsize)
+        meter.bill(cost + head_cost(geometry, len(lengths), self.itemsize))
+        widths = torch.full((num_tokens,), full * self.num_plain)
+        if self.routed:
+            chosen = torch.stack(list(experts)) if experts else self.full[:, None].expand(-1, num_tokens)
+            widths = widths + self._experts(meter, tally, chosen[None], is_routed=experts is not None)[0]
+        channels = torch.zeros(valid.shape, dtype=torch.int64)
+        channels[valid] = widths
+        meter.widths(channels)
+
+    def steps(
+        self, meter: Meter, tally: Tally, pasts: torch.Tensor, experts: torch.Tensor | None, num_steps: int
+    ) -> None:
+        """`num_steps` decode steps in a row.
+
+        Args:
+            pasts: [B] int64, tokens of each row before the first of them.
+            experts: [n, L, B], or None where all took the full FFN.
+        """
+        num_rows, full = len(pasts), self.geometry.ffn_size
+        widths = torch.full((num_steps, num_rows), full * self.num_plain)
+        first = len(meter.passes)
+        valid = torch.ones(num_rows, 1, dtype=torch.bool)
+        for _ in range(num_steps):
+            meter.open_pass("decode", valid, self.geometry.num_layers, full)
+        meter.bill(self._per_pass.times(num_steps) + self._per_token.times(num_steps * num_rows))
+        self._context(meter, pasts, num_steps)
+        if self.routed:
+            shape = (num_steps, len(self.routed), num_rows)
+            chosen = self.full[None, :, None].expand(shape) if experts is None else experts[:, self.routed]
+            widths = widths + self._experts(meter, tally, chosen, is_routed=experts is not None)
+        records = meter.passes[first:] if meter.keep_passes else meter.passes[-1:]
+        if meter.counts_widths:
+            for record, row in zip(records, widths[-len(records) :], strict=True):
+                record.ffn_channels += row[:, None]
+
+    def _context(self, meter: Meter, pasts: torch.Tensor, num_steps: int) -> None:
+        """What attention over `pasts` costs beyond that of a first token, which is billed already."""
+        more = 0
+        before = pasts[None] + torch.arange(num_steps)[:, None]  # [n, B]
+        for window, number in self._kinds.items():
+            more += number * int((before.clamp(max=window - 1) if window else before).sum())
+        flops = 4 * self.geometry.num_heads * self.geometry.head_dim * more
+        num_bytes = more * self.geometry.kv_values * self.itemsize
+        meter.add("scores", flops, num_bytes, flops, num_bytes)
+
+    def _experts(self, meter: Meter, tally: Tally, chosen: torch.Tensor, *, is_routed: bool) -> torch.Tensor:
+        """Bill experts [n, R, N] of n passes; returns the channels [n, N] over all routed layers."""
+        num_passes, num_layers, num_tokens = chosen.shape
+        hidden_size, most = self.geometry.hidden_size, self.sizes.shape[1]
+        channels = self.sizes.gather(1, chosen.transpose(0, 1).reshape(num_layers, -1))  # [R, n * N]
+        counts = torch.zeros(num_passes, num_layers, most, dtype=torch.int64)
+        counts.scatter_add_(2, chosen, torch.ones_like(chosen))
+        used = (counts > 0) * self.sizes  # [n, R, E], widths of the experts that were taken
+        widest = used.amax(2)
+        read = 2 * widest + torch.where(self.has_own_downs, used.sum(2), widest)
+        weights = 3 * hidden_size * int(self.sizes[:, -1].sum()) * num_passes
+        meter.add(
+            "ffn",
+            6 * hidden_size * int(channels.sum()),
+            int(read.sum()) * hidden_size * self.itemsize,
+            2 * weights * num_tokens,
+            weights * self.itemsize,
+        )
+        if is_routed:
+            router = self.router_weights * num_passes
+            meter.add("router", 2 * router * num_tokens, router * self.itemsize, 0, 0)
+        self._count(meter, tally, counts.sum(0))
+        return channels.view(num_layers, num_passes, num_tokens).sum(0)
+
+    def _count(self, meter: Meter, tally: Tally, counts: torch.Tensor) -> None:
+        """Add experts [R, E] to the meter's."""
+        if not meter.counts_widths:
+            return
+        held = [meter.expert_counts.get(place) for place in self.routed]
+        if len(tally.views) != len(held) or any(a is not b for a, b in zip(held, tally.views, strict=True)):
+            tally.totals = torch.zeros_like(self.sizes)
+            tally.views = [row[:number] for row, number in zip(tally.totals, self.num_experts, strict=True)]
+            for place, view, old, sizes in zip(self.routed, tally.views, held, self.sizes, strict=True):
+                view += 0 if old is None else old
+                meter.experts(place, torch.zeros_like(view), sizes[: len(view)])
+                meter.expert_counts[place] = view
+        tally.totals += counts

@@ -1,0 +1,101 @@
+"""The large matrices of a decoder in the form that one phase likes best.
+
+Decoding streams every weight once for a few rows, so there bytes count: panels in 32, 16, 8 or 4 bits. A prompt
+multiplies each weight with hundreds of rows, so there the matrix unit counts: plain tensors in bfloat16 (or float32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from rheostat.errors import SettingError, bad_setting
+from rheostat.kernels import FORMATS, pack
+from rheostat.kernels.packed import check_edges
+from rheostat.runtime.building import Unsupported
+from rheostat.runtime.weights import DecoderWeights, FFNWeights, LayerWeights, Matrix
+
+AUTO = "auto"
+
+WEIGHTS = (AUTO, *FORMATS)
+"""What `weights` may be; `auto` is the format of the model's own dtype."""
+
+OF_DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def check_format(weights: str, dtype: torch.dtype) -> str:
+    """The format that `weights` asks for, for a model of this dtype.
+
+    Raises:
+        SettingError: there is no such format.
+    """
+    if weights not in WEIGHTS:
+        raise bad_setting("weights", weights, f"one of {', '.join(WEIGHTS)}")
+    return OF_DTYPE[dtype] if weights == AUTO else weights
+
+
+def decode_form(weights: DecoderWeights, format: str) -> DecoderWeights:
+    """The decoder with all matrices that a step streams packed as `format`; rows of the embedding are looked up as
+    they are.
+
+    Raises:
+        Unsupported: the weights cannot be held in this format.
+    """
+
+    def convert(matrix: Matrix) -> Matrix:
+        return pack(matrix, format)
+
+    try:
+        layers = tuple(_mapped_layer(layer, convert) for layer in weights.layers)
+        found = replace(weights, layers=layers, head=convert(weights.head))
+        for layer in found.layers:
+            if len(layer.ffn.downs) == 1:
+                check_edges(layer.ffn.sizes, layer.ffn.downs[0])
+    except SettingError as error:
+        raise Unsupported(f"{format} for these weights ({error})") from None
+    return found
+
+
+def prefill_form(weights: DecoderWeights, dtype: torch.dtype) -> DecoderWeights:
+    """The decoder with its layers' matrices in `dtype`; those that are already are not copied. The head, which sees
+    one token a row, stays as it is."""
+    layers = tuple(_mapped_layer(layer, lambda matrix: matrix.to(dtype)) for layer in weights.layers)
+    return replace(weights, layers=layers)
+
+
+def prefill_dtype(format: str) -> torch.dtype:
+    """What to read prompts in: float32 for float32 weights; else bfloat16 where the processor multiplies it."""
+    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if format != "fp32" and has_bf16 else torch.float32
+
+
+def matrices(weights: DecoderWeights) -> Iterator[Matrix]:
+    """All matrices, the head last; the embedding only where it is not the head."""
+    for layer in weights.layers:
+        yield from (layer.q, layer.k, layer.v, layer.o, layer.ffn.gate, layer.ffn.up, *layer.ffn.downs)
+    if weights.embedding is not weights.head:
+        yield weights.embedding
+    yield weights.head
+
+
+def own_bytes(weights: DecoderWeights, others: DecoderWeights) -> int:
+    """Bytes of the matrices of `weights` that are not those of `others` too."""
+    shared = {_place(matrix) for matrix in matrices(others)}
+    return sum({_place(one): one.nbytes for one in matrices(weights) if _place(one) not in shared}.values())
+
+
+def _place(matrix: Matrix) -> int:
+    return int((matrix if isinstance(matrix, torch.Tensor) else matrix.data).data_ptr())
+
+
+def _mapped_layer(layer: LayerWeights, convert: Callable[[Matrix], Matrix]) -> LayerWeights:
+    ffn: FFNWeights = replace(
+        layer.ffn,
+        gate=convert(layer.ffn.gate),
+        up=convert(layer.ffn.up),
+        downs=tuple(convert(down) for down in layer.ffn.downs),
+    )
+    q, k, v, o = (convert(matrix) for matrix in (layer.q, layer.k, layer.v, layer.o))
+    return replace(layer, q=q, k=k, v=v, o=o, ffn=ffn)

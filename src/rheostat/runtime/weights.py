@@ -1,0 +1,147 @@
+"""The weights of a decoder as the runtime reads them: what to multiply with what, and nothing of how.
+
+A `Matrix` has the shape [outputs, inputs], as `nn.Linear` keeps it. As `building` makes them, all are views of the
+model's own parameters; `packing` replaces the large ones by matrices of another format, under the same names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Matrix = Any
+"""A `torch.Tensor` [outputs, inputs], or a packed matrix of that `shape` with `nbytes`."""
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+"""What may stand between gate and up; `gelu_tanh` is the approximation."""
+
+RULES = ("damage", "confidence")
+"""How scores and a setting become an expert (E experts, 0 the smallest; a setting of 0 or less is always E - 1).
+
+- `damage`: E - 1 scores s; the e with the least exp(s_e) + setting * sizes_e / F, where the last expert's first term
+  is 0; ties go to the larger.
+- `confidence`: E scores; the smallest e whose softmax probability summed over 0..e is at least 1 - setting.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterWeights:
+    """Chooses an expert: scores = outer(silu(inner(x)))."""
+
+    key: str
+    """Name of the native setting that it obeys."""
+    rule: str
+    """One of `RULES`."""
+    inner: torch.Tensor
+    """[U, D]."""
+    inner_bias: torch.Tensor
+    """[U]."""
+    outer: torch.Tensor
+    """[E - 1, U] for `damage`, [E, U] for `confidence`."""
+    outer_bias: torch.Tensor
+
+    @property
+    def num_weights(self) -> int:
+        """Weights multiplied for one token."""
+        return self.inner.numel() + self.outer.numel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFNWeights:
+    """A gated FFN whose experts are prefixes of its channels; a dense one has a single expert."""
+
+    gate: Matrix
+    """[F, D]."""
+    up: Matrix
+    """[F, D]."""
+    downs: tuple[Matrix, ...]
+    """One for all experts, [D, F], of which each takes its first columns; or E, each [D, sizes[e]]."""
+    down_biases: tuple[torch.Tensor | None, ...]
+    """[D] of each of `downs`."""
+    sizes: tuple[int, ...]
+    """Channels of each expert, rising; the last is F."""
+    router: RouterWeights | None = None
+    """None for a single expert."""
+
+    def down_of(self, expert: int) -> tuple[Matrix, torch.Tensor | None]:
+        """The matrix that an expert multiplies with (its first `sizes[expert]` columns), and its bias."""
+        place = expert if len(self.downs) > 1 else 0
+        return self.downs[place], self.down_biases[place]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """One decoder layer: h + o(attention(norm(h))), then h + ffn(norm(h))."""
+
+    input_norm: torch.Tensor
+    """[D], of the RMS norm before attention."""
+    q: Matrix
+    """[H * d, D]."""
+    k: Matrix
+    """[K * d, D]."""
+    v: Matrix
+    """[K * d, D]."""
+    o: Matrix
+    """[D, H * d]."""
+    q_bias: torch.Tensor | None = None
+    k_bias: torch.Tensor | None = None
+    v_bias: torch.Tensor | None = None
+    o_bias: torch.Tensor | None = None
+    q_norm: torch.Tensor | None = None
+    """[d], of an RMS norm over each head, before the rotation."""
+    k_norm: torch.Tensor | None = None
+    has_rope: bool = True
+    """Whether queries and keys are rotated."""
+    window: int = 0
+    """A token attends to itself and the `window - 1` before it; 0 is no limit."""
+    post_norm: torch.Tensor
+    """[D], of the RMS norm before the FFN."""
+    ffn: FFNWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderWeights:
+    """A whole decoder with its head."""
+
+    embedding: Matrix
+    """[V, D], of which rows are looked up."""
+    layers: tuple[LayerWeights, ...]
+    final_norm: torch.Tensor
+    """[D]."""
+    head: Matrix
+    """[V, D]; `embedding` itself where they are tied."""
+    inv_freq: torch.Tensor
+    """[r / 2] float32, angles per position of the rotated part r <= d of each head (its first channels, halves
+    paired: channel i with channel i + r / 2)."""
+    rope_scale: float = 1.0
+    """What cosine and sine are multiplied with."""
+    num_heads: int
+    """H."""
+    num_kv_heads: int
+    """K."""
+    head_dim: int
+    """d."""
+    attention_scale: float
+    """What scores are multiplied with before the softmax."""
+    eps: float
+    """Of all RMS norms: x / sqrt(mean(x^2) + eps) * weight."""
+    activation: str
+    """One of `ACTIVATIONS`."""
+    max_positions: int
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return int(self.final_norm.shape[0])
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return int(self.head.shape[0])
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether there is anything to choose."""
+        return any(layer.ffn.router is not None for layer in self.layers)
