@@ -52,11 +52,7 @@ def _keys(report: Report) -> list[Key]:
     for text in report["texts"]:
         found |= dict.fromkeys((run["kind"], run["asked"]) for run in text["runs"])
     found |= dict.fromkeys((kind_of(one), one["compute"]) for one in report.get("tasks", []))
-    found |= dict.fromkeys(
-        ("dial", one["compute"] or 1.0)
-        for one in report.get("bench", [])
-        if _is_dial(one)
-    )
+    found |= dict.fromkeys(("dial", one["compute"] or 1.0) for one in report.get("bench", []) if _is_dial(one))
     order = list(dict.fromkeys(kind for kind, _ in found))
     order.sort(key=lambda kind: {"dense": 0, "dial": 1}.get(kind, 2))
     return sorted(found, key=lambda key: (key[0] != "dense", -key[1], order.index(key[0])))
