@@ -14,6 +14,7 @@ from rheostat import families
 from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
 from rheostat.dial import Dial
 from rheostat.geometry import Geometry
+from rheostat.kernels import library
 from rheostat.methods.base import MeteredFFN, Method
 from rheostat.runtime.building import Unsupported
 from rheostat.runtime.choosing import KNOWN_STAGES, OWN_GENERATE, check_runtime, refuse
@@ -147,6 +148,8 @@ class Adapted(nn.Module):
                 raise Unsupported(f"a method at the stage {sorted(stages)[0]}")
             if (spending := current_spending()) is not None and spending.override is not None:
                 raise Unsupported("an override of the routers")
+            if runtime == "auto" and library() is None:
+                raise Unsupported("this machine: there is no native code for it")
             found = self._runtimes.get(format)
             if found is None or not found.fits(self.model, self.hook_ids):
                 self._runtimes.clear()  # one format at a time, and never old weights

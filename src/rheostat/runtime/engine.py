@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rheostat.geometry import Geometry
+from rheostat.kernels import NativeDecoder, library
 from rheostat.meter import Meter
 from rheostat.runtime import packing, plain
 from rheostat.runtime.billing import Biller, Tally
@@ -54,9 +55,9 @@ class Runtime:
         self.key = next(iter(keys), None)
         self.rope = RopeTable(self.weights.inv_freq, self.weights.rope_scale)
         self.biller = Biller(self.weights, Geometry.from_config(model.config), self.itemsize)
-        self.cache_dtype = torch.float32 if format == "fp32" else torch.bfloat16
+        self.cache_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(format, torch.float16)
         self._lock = threading.Lock()
-        self._decode: DecoderWeights | None = None
+        self._decode: tuple[DecoderWeights, NativeDecoder | None] | None = None
         self._prefill: DecoderWeights | None = None
 
     def fits(self, model: Any, hooks: frozenset[int] = frozenset()) -> bool:
@@ -70,10 +71,24 @@ class Runtime:
     @property
     def decode_weights(self) -> DecoderWeights:
         """As decoding streams them; packed when first asked for."""
+        return self._decoder()[0]
+
+    def _decoder(self) -> tuple[DecoderWeights, NativeDecoder | None]:
         with self._lock:
             if self._decode is None:
-                self._decode = packing.decode_form(self.weights, self.format)
+                code = library()
+                weights = packing.decode_form(self.weights, self.format, is_packed=code is not None)
+                self._decode = weights, None if code is None else NativeDecoder(code, weights)
             return self._decode
+
+    def step(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, cache: KVCache, settings: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One decode step, natively where that can be built: see `plain.step`."""
+        weights, native = self._decoder()
+        if native is None:
+            return plain.step(weights, token_ids, positions, cache, settings, self.rope)
+        return native(token_ids, positions, cache, settings, self.rope)
 
     @property
     def prefill_weights(self) -> DecoderWeights:
@@ -86,7 +101,7 @@ class Runtime:
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes held now beyond the model's own weights, by phase."""
-        forms = {"prefill": self._prefill, "decode": self._decode}
+        forms = {"prefill": self._prefill, "decode": None if self._decode is None else self._decode[0]}
         return {phase: 0 if form is None else packing.own_bytes(form, self.weights) for phase, form in forms.items()}
 
     def new_cache(self, num_rows: int, num_slots: int) -> KVCache:
@@ -166,15 +181,12 @@ class Batch:
 
         What it cost is billed by `settle`, at the latest.
         """
-        runtime = self.runtime
         spending = current_spending()
         meter = None if spending is None else spending.meter
         if meter is not None and (self._open is None or self._open[0] is not meter):
             self.settle()
             self._open = (meter, self.positions.clone(), [])
-        self.logits, experts = plain.step(
-            runtime.decode_weights, token_ids, self.positions, self.cache, settings, runtime.rope
-        )
+        self.logits, experts = self.runtime.step(token_ids, self.positions, self.cache, settings)
         self.positions += 1
         if self._open is not None and meter is not None:
             self._open[2].append(experts)

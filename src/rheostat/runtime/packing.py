@@ -13,11 +13,13 @@ import torch
 
 from rheostat.errors import SettingError, bad_setting
 from rheostat.kernels import FORMATS, pack
-from rheostat.kernels.packed import check_edges
 from rheostat.runtime.building import Unsupported
 from rheostat.runtime.weights import DecoderWeights, FFNWeights, LayerWeights, Matrix
 
 AUTO = "auto"
+
+GROUP = 32
+"""Inputs that share a scale in int4."""
 
 WEIGHTS = (AUTO, *FORMATS)
 """What `weights` may be; `auto` is the format of the model's own dtype."""
@@ -36,26 +38,40 @@ def check_format(weights: str, dtype: torch.dtype) -> str:
     return OF_DTYPE[dtype] if weights == AUTO else weights
 
 
-def decode_form(weights: DecoderWeights, format: str) -> DecoderWeights:
+def decode_form(weights: DecoderWeights, format: str, *, is_packed: bool = True) -> DecoderWeights:
     """The decoder with all matrices that a step streams packed as `format`; rows of the embedding are looked up as
     they are.
+
+    Args:
+        is_packed: False gives the same numbers as plain float32 tensors, for the plain step.
 
     Raises:
         Unsupported: the weights cannot be held in this format.
     """
 
     def convert(matrix: Matrix) -> Matrix:
-        return pack(matrix, format)
+        packed = pack(matrix, format, GROUP)
+        return packed if is_packed else packed.unpack()
 
     try:
         layers = tuple(_mapped_layer(layer, convert) for layer in weights.layers)
         found = replace(weights, layers=layers, head=convert(weights.head))
         for layer in found.layers:
             if len(layer.ffn.downs) == 1:
-                check_edges(layer.ffn.sizes, layer.ffn.downs[0])
+                check_edges(layer.ffn.sizes, format)
     except SettingError as error:
         raise Unsupported(f"{format} for these weights ({error})") from None
     return found
+
+
+def check_edges(sizes: tuple[int, ...], format: str) -> None:
+    """Refuse experts whose edge lies inside a group of channels that share a scale.
+
+    Raises:
+        Unsupported: one does.
+    """
+    if format == "int4" and any(size % GROUP for size in sizes[:-1]):
+        raise Unsupported(f"{format} for experts that are no multiples of {GROUP} channels")
 
 
 def prefill_form(weights: DecoderWeights, dtype: torch.dtype) -> DecoderWeights:
