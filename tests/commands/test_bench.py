@@ -66,7 +66,8 @@ def test_times_join_the_report_of_the_same_model(rheostat, dial_folder, tiny_tex
     assert "the times are now part of the report" in done.out
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["compute"] for row in report["bench"] if row["side"] == "dial"] == [0.9]
-    assert report["texts"] and report["bench_provenance"]["command"].startswith("rheostat bench ")
+    assert report["texts"]
+    assert report["bench_provenance"]["command"].startswith("rheostat bench ")
     assert "first token, ms" in (tmp_path / "report.md").read_text()
     again = rheostat(*measured, "--out", tmp_path)  # a new evaluation keeps them
     assert again.status == 0

@@ -48,7 +48,7 @@ def test_one_row_a_setting_with_all_that_is_known_of_it():
     report = check(sample("words") | {"tasks": QUIZ})
     table = summary(report)
     rows = {row[:2]: dict(zip(table.headings, row, strict=True)) for row in table.rows}
-    assert list(rows)[0] == ("dense", "1")
+    assert next(iter(rows)) == ("dense", "1")
     assert ("static", "0.8") in rows
     dial = rows["dial", "0.8"]
     assert dial["2 choice tasks, mean accuracy (400 questions)"] == "60.0% ± 1.4"
