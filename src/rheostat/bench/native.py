@@ -15,7 +15,7 @@ from rheostat.cost import Cost, Parts
 from rheostat.runtime.engine import Batch, Runtime
 from rheostat.runtime.packing import check_format, prefill_dtype
 from rheostat.runtime.weights import DecoderWeights, Matrix
-from rheostat.spending import spend
+from rheostat.spending import Compute, spend
 
 
 class NativeSide(Side):
@@ -33,6 +33,8 @@ class NativeSide(Side):
         format = check_format(spec.weights, adapted.dtype)
         self.runtime = runtime or Runtime(adapted.model, format, adapted.hook_ids)
         self.adapted = adapted
+        self.compute: Compute = spec.compute
+        """What is asked; may be set to one number a row."""
         self.spec = replace(spec, weights=format, dtype=str(prefill_dtype(format)).removeprefix("torch."))
         assert self.runtime.decode_weights is not None, "packing is not to be timed"
         assert self.runtime.prefill_weights is not None
@@ -40,7 +42,7 @@ class NativeSide(Side):
     @contextmanager
     def session(self) -> Iterator[None]:
         """No gradients, and the dial's setting."""
-        with torch.inference_mode(), spend(self.spec.compute, keep_passes=False):
+        with torch.inference_mode(), spend(self.compute, keep_passes=False):
             yield
 
     def prefill(self, ids: torch.Tensor) -> tuple[Batch, torch.Tensor]:
@@ -63,9 +65,9 @@ class NativeSide(Side):
     def spent(self, ids: torch.Tensor, num_steps: int) -> Spent:
         """By the meter, with the bytes of the forms that the weights really have."""
         with torch.inference_mode():
-            with spend(self.spec.compute, keep_passes=False) as prefill:
+            with spend(self.compute, keep_passes=False) as prefill:
                 state = self.prefill(ids)
-            with spend(self.spec.compute, keep_passes=False) as decode:
+            with spend(self.compute, keep_passes=False) as decode:
                 for _ in range(num_steps):
                     state = self.decode(state)
         used, dense = prefill.cost + decode.cost, prefill.dense + decode.dense

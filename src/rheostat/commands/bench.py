@@ -247,7 +247,7 @@ def _load_sides(specs: Sequence[SideSpec], loaded: Loaded, progress: ProgressDis
     """All sides, alive at once: only so can they take turns. The dial's share one model."""
     from rheostat.bench.sides import make_side
 
-    sides = []
+    sides: list[Side] = []
     for place, spec in enumerate(specs):
         progress("loading", place, len(specs))
         mine = loaded.adapted if spec.kind in ("dial", "native") else None

@@ -32,11 +32,10 @@ NATIVE = Path(__file__).with_name("native")
 
 COMPILERS = ("g++", "clang++", "c++")
 
-FLAGS = (
-    "-O3 -std=c++17 -fPIC -shared -fvisibility=hidden -pthread "
-    # Products and sums may fuse; nothing else of what "fast math" would allow is taken.
-    "-ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
-).split()
+# Products and sums may fuse; nothing else of what "fast math" would allow is taken.
+MATHS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread", "-Wno-psabi", *MATHS)
 
 LEVELS = {
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 "
@@ -91,7 +90,7 @@ def library() -> ctypes.CDLL | None:
     wanted = wants_native()
     if wanted is False:
         return None
-    found = _library(machine_level(), str(cache_folder()))
+    found = _library(machine_level())
     if isinstance(found, ctypes.CDLL):
         return found
     if wanted:
@@ -100,10 +99,10 @@ def library() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def _library(level: str, folder: str) -> ctypes.CDLL | str:
+def _library(level: str) -> ctypes.CDLL | str:
     """The library, or why there is none (said once, for the answer is kept)."""
     try:
-        return load(build(level, Path(folder)))
+        return load(build(level, cache_folder()))
     except (OSError, SettingError, subprocess.SubprocessError) as error:
         logger.warning("no native kernels, slower ones of PyTorch serve: %s", error)
         return str(error)

@@ -157,7 +157,8 @@ def pack(weight: torch.Tensor, format: str, group: int = 32) -> PackedMatrix:
     group = group if format == "int4" else 0
     num_rows, num_cols = weight.shape
     panels, cells = -(-num_rows // LANES), -(-num_cols // CELL)
-    data = aligned_bytes(panels * cells * cell_bytes(format, group)).view(panels, -1)
+    panel_bytes = cells * cell_bytes(format, group)
+    data = aligned_bytes(panels * panel_bytes).view(panels, panel_bytes)
     scales = torch.zeros(panels * LANES) if format == "int8" else None
     for start in range(0, num_rows, CHUNK):
         rows = weight[start : start + CHUNK].detach().cpu()
@@ -240,8 +241,8 @@ def _pack_int8(weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 def _pack_int4(weight: torch.Tensor, group: int, out: torch.Tensor) -> None:
     groups = weight.view(-1, group)  # [16 * P * K / g, g]
+    _check_finite(groups.abs().amax(1), "int4")  # least values are kept in float16
     codes, scale, least = quantise_groups(groups)
-    _check_finite(scale.abs() + least.abs(), "int4")
     panels = len(weight) // LANES
     low, high = codes.view(len(groups), 2, group // 2).unbind(1)
     both = _to_lanes((low | high << 4).view(len(weight), -1), 4)  # [P, groups * g / 8, 16, 4]

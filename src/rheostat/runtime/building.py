@@ -47,8 +47,8 @@ def build(model: Any, hooks: frozenset[int] = frozenset()) -> DecoderWeights:
         raise Unsupported("a model in training mode")
     if {p.device.type for p in model.parameters()} != {"cpu"}:
         raise Unsupported(f"the device {model.device}")
-    decoder, head = families.decoder(model), families.head(model)
-    rotary = decoder.rotary_emb
+    decoder: Any = families.decoder(model)
+    head, rotary = families.head(model), decoder.rotary_emb
     if getattr(rotary, "rope_type", None) not in ROPES:
         raise Unsupported(f"rotary positions of the kind {getattr(rotary, 'rope_type', None)}")
     first = families.layers(model)[0]
@@ -59,8 +59,8 @@ def build(model: Any, hooks: frozenset[int] = frozenset()) -> DecoderWeights:
         layers=tuple(_layer(model, layer) for layer in families.layers(model)),
         final_norm=_norm(decoder.norm),
         head=embedding if _is_tied(embedding, out) else out,
-        inv_freq=rotary.inv_freq,  # type: ignore[arg-type]
-        rope_scale=float(rotary.attention_scaling),  # type: ignore[arg-type]
+        inv_freq=rotary.inv_freq,
+        rope_scale=float(rotary.attention_scaling),
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
         head_dim=attention.head_dim,

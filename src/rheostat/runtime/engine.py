@@ -47,6 +47,8 @@ class Runtime:
         """
         self.weights = build(model, hooks)
         self.format = format
+        for layer in self.weights.layers:
+            packing.check_edges(layer.ffn.sizes, format)
         self.stamp = stamp(model, self.weights)
         self.itemsize = model.dtype.itemsize
         keys = {layer.ffn.router.key for layer in self.weights.layers if layer.ffn.router is not None}

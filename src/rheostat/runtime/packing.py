@@ -56,9 +56,6 @@ def decode_form(weights: DecoderWeights, format: str, *, is_packed: bool = True)
     try:
         layers = tuple(_mapped_layer(layer, convert) for layer in weights.layers)
         found = replace(weights, layers=layers, head=convert(weights.head))
-        for layer in found.layers:
-            if len(layer.ffn.downs) == 1:
-                check_edges(layer.ffn.sizes, format)
     except SettingError as error:
         raise Unsupported(f"{format} for these weights ({error})") from None
     return found

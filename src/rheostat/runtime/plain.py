@@ -78,7 +78,7 @@ def step(
         experts.append(choice)
     cache.advance(1)
     logits = product(weights.head, rms_norm(h, weights.final_norm, weights.eps)).float()
-    chosen = torch.stack(experts) if settings is not None and weights.is_routed else None  # type: ignore[arg-type]
+    chosen = torch.stack(experts) if settings is not None and weights.is_routed else None
     return logits, chosen
 
 
@@ -160,9 +160,13 @@ def nested_ffn(ffn: FFNWeights, x: torch.Tensor, choice: torch.Tensor, activatio
 
 def activate(x: torch.Tensor, name: str) -> torch.Tensor:
     """One of `ACTIVATIONS`."""
-    if name == "gelu_tanh":
-        return nn.functional.gelu(x, approximate="tanh")
-    return {"silu": nn.functional.silu, "gelu": nn.functional.gelu, "relu": nn.functional.relu}[name](x)
+    match name:
+        case "silu":
+            return nn.functional.silu(x)
+        case "relu":
+            return nn.functional.relu(x)
+        case _:
+            return nn.functional.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

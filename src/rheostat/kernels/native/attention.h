@@ -72,7 +72,23 @@ static void attend(const Attention& a, const float* q, const void* keys, const v
     memset(out.values, 0, (size_t)group * wide * sizeof(float));
     for (int first = begin; first < end; first += kBlock) {
         const int n = end - first < kBlock ? end - first : kBlock;
-        for (int s = 0; s < n; s++) {
+        int done = 0;
+        if (Vectors)  // sixteen keys at a time, widened once for all queries
+            for (; done + kLanes <= n; done += kLanes) {
+                const T* k = (const T*)keys + (int64_t)(first + done) * d;
+                alignas(64) float wide_keys[kLanes][Vectors ? Vectors * kLanes : 1];
+                for (int j = 0; j < kLanes; j++)
+                    for (int i = 0; i < Vectors; i++) store(wide_keys[j] + i * kLanes, Stored<Type>::get(k + j * d + i * kLanes));
+                for (int g = 0; g < group; g++) {
+                    F16 dots[kLanes];
+                    for (int j = 0; j < kLanes; j++) {
+                        dots[j] = load(q + g * wide) * load(wide_keys[j]);
+                        for (int i = 1; i < Vectors; i++) dots[j] += load(q + g * wide + i * kLanes) * load(wide_keys[j] + i * kLanes);
+                    }
+                    store(scores + g * kBlock + done, sums(dots));
+                }
+            }
+        for (int s = done; s < n; s++) {
             const T* k = (const T*)keys + (int64_t)(first + s) * d;
             F16 key[Vectors ? Vectors : 16];
             for (int i = 0; i < vectors; i++) key[i] = get_part<Type>(k + i * kLanes, i + 1 < vectors ? kLanes : tail);

@@ -1,0 +1,124 @@
+// All kernels over odd shapes, on heap memory of exactly the size they are told. Built with the address sanitiser.
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+
+#include "kernels.cpp"
+
+static uint32_t state = 1;
+
+static uint32_t draw() { return state = state * 1664525u + 1013904223u, state >> 8; }
+
+struct Floats {
+    std::unique_ptr<float[]> p;
+    explicit Floats(size_t n) : p(new float[n]) {
+        for (size_t i = 0; i < n; i++) p[i] = (int)(draw() % 2001) / 1000.0f - 1;
+    }
+    operator float*() { return p.get(); }
+};
+
+struct Packed {
+    std::unique_ptr<uint8_t[]> data;
+    std::unique_ptr<Floats> scales;
+    Matrix m;
+    Packed(int format, int group, int rows, int cols) {
+        const int64_t bytes[] = {4096, 2048, 2048, 1024, group ? 64 / group * (64 + 8 * group) : 0};
+        m = {nullptr, nullptr, format, group, rows, cols, bytes[format], 0};
+        m.panel_bytes = m.cells() * m.cell_bytes;
+        size_t n = m.panels() * m.panel_bytes;
+        data.reset(new uint8_t[n]);
+        for (size_t i = 0; i < n; i++) data[i] = draw() & 0x1f;
+        m.data = data.get();
+        if (format == kInt8) {
+            scales.reset(new Floats(m.panels() * 16));
+            m.scales = *scales;
+        }
+    }
+};
+
+static void products(int format, int group, int threads) {
+    for (int rows : {1, 2, 3, 5, 32})
+        for (int n : {1, 15, 16, 37, 65})
+            for (int k : {1, 31, 64, 130}) {
+                Packed w(format, group, n, k);
+                int start = draw() % n, stop = start + 1 + draw() % (n - start);
+                Floats x(rows * k), y(rows * (stop - start)), bias(stop - start);
+                rheostat_few_rows(&w.m, x, k, rows, start, stop, draw() % 2 ? (float*)bias : nullptr, y, stop - start, threads);
+            }
+}
+
+static void ffns(int format, int group, int threads) {
+    for (int rows : {1, 4, 9})
+        for (bool own : {false, true}) {
+            const int d = 37;
+            const int32_t sizes[] = {32, 96, 150};
+            Packed gate(format, group, 150, d), up(format, group, 150, d);
+            Packed a(format, group, d, own ? 32 : 150), b(format, group, d, 96), c(format, group, d, 150);
+            const Matrix downs[] = {a.m, b.m, c.m};
+            Floats bias(d), x(rows * d), y(rows * d);
+            const float* biases[] = {bias, nullptr, bias};
+            Ffn ffn = {gate.m, up.m, downs, biases, sizes, 3, own ? 3 : 1, (int)(draw() % 4)};
+            std::unique_ptr<int32_t[]> experts(new int32_t[rows]);
+            for (int r = 0; r < rows; r++) experts[r] = (int)(draw() % 4) - 1;
+            rheostat_nested_ffn(&ffn, x, experts.get(), rows, y, threads);
+        }
+}
+
+static void attentions(int threads) {
+    for (int format : {kFloat32, kBFloat16, kFloat16})
+        for (int d : {1, 20, 64, 128, 250})
+            for (int slots : {1, 63, 200}) {
+                const int rows = 3, heads = 6, kv = 2;
+                const size_t size = format == kFloat32 ? 4 : 2, n = (size_t)rows * kv * slots * d * size;
+                std::unique_ptr<uint8_t[]> keys(new uint8_t[n]()), values(new uint8_t[n]());
+                Floats q(rows * heads * d), out(rows * heads * d);
+                std::unique_ptr<int32_t[]> lengths(new int32_t[rows]), starts(new int32_t[rows]);
+                for (int r = 0; r < rows; r++) lengths[r] = 1 + draw() % slots, starts[r] = draw() % lengths[r];
+                Attention a = {heads, kv, d, format, slots, 0.1f, draw() % 2 ? 5.0f : 0.0f};
+                rheostat_attention(&a, q, keys.get(), values.get(), lengths.get(), starts.get(), draw() % 2 ? 7 : 0, rows, out,
+                                   threads);
+            }
+}
+
+static void steps(int format, int group, int threads) {
+    const int d = 37, heads = 4, kv = 2, dim = 10, u = 5, v = 41, num_layers = 2, slots = 70;
+    const int32_t sizes[] = {32, 96, 150};
+    for (int rows : {1, 6})
+        for (int rule : {0, 1}) {
+            Packed q(format, group, heads * dim, d), k(format, group, kv * dim, d), o(format, group, d, heads * dim);
+            Packed gate(format, group, 150, d), down(format, group, d, 150), head(format, group, v, d), inner(kFloat32, 0, u, d);
+            Floats norm(d), head_norm(dim), bias(heads * dim), inner_bias(u), outer(3 * u), outer_bias(3);
+            const float* biases[] = {norm};
+            Router router = {inner.m, inner_bias, outer, outer_bias, u, rule ? 3 : 2, rule};
+            Layer layers[num_layers];
+            for (Layer& layer : layers)
+                layer = {norm, norm, q.m, k.m, k.m, o.m, bias, nullptr, bias, norm, head_norm, head_norm,
+                         {gate.m, gate.m, &down.m, biases, sizes, 3, 1, 0}, router, 1, rule ? 9 : 0};
+            const size_t n = (size_t)num_layers * rows * kv * slots * dim;
+            std::unique_ptr<uint16_t[]> keys(new uint16_t[n]()), values(new uint16_t[n]());
+            Decoder decoder = {layers, num_layers, d, 4, 1e-5f, norm, head.m, {heads, kv, dim, kFloat16, slots, 0.3f, 0}};
+            Floats hidden(rows * d), settings(rows), cos(80 * 4), sin(80 * 4), logits(rows * v);
+            std::unique_ptr<int64_t[]> positions(new int64_t[rows]), experts(new int64_t[rows * num_layers]);
+            std::unique_ptr<int32_t[]> lengths(new int32_t[rows]), starts(new int32_t[rows]);
+            for (int r = 0; r < rows; r++) lengths[r] = positions[r] = slots - 1 - r, starts[r] = r, settings[r] = r % 2 * 0.5f;
+            Step step = {hidden, positions.get(), settings, lengths.get(), starts.get(), (uint8_t*)keys.get(),
+                         (uint8_t*)values.get(), cos, sin, logits, experts.get(), rows};
+            rheostat_step(&decoder, &step, threads);
+        }
+}
+
+int main() {
+    for (int threads : {1, 2, 5}) {
+        for (int format = 0; format < 6; format++) {
+            const int group = format < 4 ? 0 : format == 4 ? 32 : 64, kind = format < 4 ? format : 4;
+            products(kind, group, threads);
+            ffns(kind, group, threads);
+            steps(kind, group, threads);
+        }
+        attentions(threads);
+    }
+    Floats block(4096);
+    rheostat_read((const uint8_t*)(float*)block, 4 * 4096, 2);
+    puts("all done");
+    return 0;
+}

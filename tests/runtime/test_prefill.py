@@ -1,0 +1,88 @@
+"""Prefill against `transformers` and against the plain step; groups of tokens against one token at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rheostat.runtime.building import build
+from rheostat.runtime.cache import KVCache
+from rheostat.runtime.packing import prefill_form
+from rheostat.runtime.plain import nested_ffn, product
+from rheostat.runtime.prefill import Prompt, grouped_ffn, prefill, whole_ffn
+from rheostat.runtime.rope import RopeTable
+from tests.tiny import VOCAB, tiny_adapted, tiny_model
+
+LENGTHS = (40, 1, 23)
+MASK = torch.tensor([[0] * (40 - n) + [1] * n for n in LENGTHS])
+IDS = torch.randint(3, VOCAB, (3, 40), generator=torch.Generator().manual_seed(5)) * MASK
+
+
+@torch.inference_mode()
+def read(weights, ids=IDS, mask=MASK, settings=None, dtype=torch.float32):
+    """Logits [B, V], the cache and the experts."""
+    cache = KVCache(
+        num_layers=2, num_rows=len(ids), num_kv_heads=weights.num_kv_heads, head_dim=weights.head_dim, dtype=dtype
+    )
+    rope = RopeTable(weights.inv_freq, weights.rope_scale)
+    hidden, experts = prefill(prefill_form(weights, dtype), Prompt.of(ids, mask), cache, settings, rope)
+    return product(weights.head, hidden), cache, experts
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3"])
+def test_logits_and_cache_are_those_of_transformers(family):
+    model = tiny_model(family)
+    if family == "mistral":
+        model.config.sliding_window = 8
+    positions = (MASK.cumsum(1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        expected = model(IDS, attention_mask=MASK, position_ids=positions, use_cache=True)
+    logits, cache, experts = read(build(model))
+    assert experts is None
+    torch.testing.assert_close(logits, expected.logits[:, -1], rtol=1e-4, atol=1e-4)
+    assert cache.lengths.tolist() == list(LENGTHS)
+    if family != "mistral":  # there `transformers` keeps the window alone
+        for row, length in enumerate(LENGTHS):
+            for layer in range(2):
+                theirs = expected.past_key_values.layers[layer]
+                for ours, other in ((cache.keys, theirs.keys), (cache.values, theirs.values)):
+                    torch.testing.assert_close(ours[layer, row, :, :length], other[row, :, -length:])
+
+
+def test_bfloat16_is_near():
+    weights = build(tiny_model())
+    exact, near = read(weights)[0], read(weights, dtype=torch.bfloat16)[0]
+    assert 0 < float((near - exact).norm() / exact.norm()) < 0.05
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_groups_are_tokens_one_by_one(refit):
+    adapted = tiny_adapted(refit=refit)
+    ffn = build(adapted.model, adapted.hook_ids).layers[0].ffn
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(2))
+    for choice in (torch.randint(0, 4, (50,)), torch.zeros(50, dtype=torch.long), torch.full((50,), 3)):
+        wanted = nested_ffn(ffn, x, choice, "silu")
+        torch.testing.assert_close(grouped_ffn(ffn, x, choice, "silu"), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole_ffn(ffn, x, "silu"), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_first_tokens_and_dense_rows_take_the_full_width():
+    adapted = tiny_adapted()
+    settings = torch.tensor([1e6, 1e6, 0.0])
+    _, _, experts = read(build(adapted.model, adapted.hook_ids), settings=settings)
+    assert experts is not None
+    prompt = Prompt.of(IDS, MASK)
+    assert prompt.firsts.tolist() == [0, 40, 41]
+    for chosen in experts:
+        assert chosen[prompt.firsts].tolist() == [3, 3, 3]
+        assert chosen[1:40].tolist() == [0] * 39
+        assert chosen[41:].tolist() == [3] * 23
+
+
+def test_memory_of_forms_is_only_what_is_new():
+    from rheostat.runtime.packing import own_bytes
+
+    weights = build(tiny_model())
+    assert own_bytes(prefill_form(weights, torch.float32), weights) == 0
+    matrices = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
+    assert own_bytes(prefill_form(weights, torch.bfloat16), weights) == 2 * matrices
