@@ -15,7 +15,7 @@ from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost
 from rheostat.dial import Dial
 from rheostat.geometry import Geometry
 from rheostat.methods.base import MeteredFFN, Method
-from rheostat.spending import Compute, Pass, Spending, current_pass, current_spending, enter_pass, spend
+from rheostat.spending import Compute, Pass, Spending, current_pass, current_phase, current_spending, enter_pass, spend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,7 +114,7 @@ class Adapted(nn.Module):
         num_rows, num_tokens = tokens.shape[:2]
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        phase = "decode" if past and num_tokens == 1 else "prefill"
+        phase = current_phase() or ("decode" if past and num_tokens == 1 else "prefill")
         mask = kwargs.get("attention_mask")
         mask = _plain_mask(mask, num_rows, num_tokens, past)
         valid, first = _marks(mask, num_rows, num_tokens, past, tokens.device)

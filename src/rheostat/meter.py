@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
@@ -36,6 +37,53 @@ class PassRecord:
 
 
 @dataclass
+class Speculation:
+    """What drafting came to, over rows and rounds. A round is one pass of the model for one row."""
+
+    num_rounds: int = 0
+    drafted: list[int] = field(default_factory=list)
+    """At each place of the draft, in how many rounds a token was drafted there."""
+    accepted: list[int] = field(default_factory=list)
+    """And in how many of these it was accepted."""
+
+    def add(self, num_drafted: int, num_accepted: int) -> None:
+        """One row's round."""
+        self.num_rounds += 1
+        longer = num_drafted - len(self.drafted)
+        self.drafted += [0] * longer
+        self.accepted += [0] * longer
+        for place in range(num_drafted):
+            self.drafted[place] += 1
+            self.accepted[place] += place < num_accepted
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted tokens / drafted tokens; 0 where none was drafted."""
+        return sum(self.accepted) / sum(self.drafted) if self.drafted else 0.0
+
+    @property
+    def by_place(self) -> list[float]:
+        """The same at each place of the draft; what comes after a rejection is not accepted."""
+        return [a / d for a, d in zip(self.accepted, self.drafted, strict=True)]
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Tokens written for each pass of the model: those accepted and one of its own."""
+        return 1 + sum(self.accepted) / self.num_rounds if self.num_rounds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Figures for a report."""
+        return {
+            "rounds": self.num_rounds,
+            "drafted": sum(self.drafted),
+            "accepted": sum(self.accepted),
+            "acceptance": self.acceptance,
+            "acceptance_by_place": self.by_place,
+            "tokens_per_round": self.tokens_per_round,
+        }
+
+
+@dataclass
 class Meter:
     """Counts tokens, costs and expert widths. Made by `rheostat.spend`; read it during or after the block.
 
@@ -57,6 +105,8 @@ class Meter:
     """Layer -> [E] int64, how many tokens took each expert."""
     passes: list[PassRecord] = field(default_factory=list)
     """The passes in order; `last` is the newest."""
+    speculation: Speculation = field(default_factory=Speculation)
+    """What drafts were made and accepted."""
     keep_passes: bool = True
     """Keep every pass (needed to colour tokens) or only the newest."""
     started: float = field(default_factory=time.perf_counter)

@@ -212,6 +212,23 @@ class Method:
         """One step: take the newest tokens [B, 1] and return the next token's logits [B, V]."""
         return Method.prefill(self, model, token_ids, attention_mask, cache)
 
+    def verify(
+        self,
+        model: PreTrainedModel,
+        token_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        cache: Cache,
+    ) -> torch.Tensor:
+        """Check a draft: take the newest token and the drafted ones [B, T] and return the logits after each [B, T, V]."""
+        out = model(
+            input_ids=token_ids,
+            attention_mask=attention_mask,
+            position_ids=positions(attention_mask)[:, -token_ids.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.logits
+
     # -- saving
 
     def state(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
