@@ -25,7 +25,7 @@ LAYERS = (
     ("meter",),
     ("spending", "families"),
     ("text", "models", "sampling", "losses", "bases"),
-    ("caches.*",),
+    ("caches.*", "speculate.drafter"),
     ("methods.base",),
     ("speculate.*",),
     ("methods.*",),

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rheostat import families
+from rheostat.caches.hierarchical import HierarchicalCache
 from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
 from rheostat.dial import Dial
 from rheostat.geometry import Geometry
@@ -19,6 +20,10 @@ from rheostat.spending import Compute, Pass, Spending, current_pass, current_pha
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+OWN_CACHE = ("past_key_values", "cache_implementation")
+"""Arguments of `generate` by which a caller chooses the cache."""
 
 
 class Adapted(nn.Module):
@@ -93,6 +98,8 @@ class Adapted(nn.Module):
 
         Inside a `spend` block with an explicit `compute`, the block's meter goes on counting.
         """
+        if self.method.acts_at("cache") and not any(kwargs.get(name) for name in OWN_CACHE):
+            kwargs["past_key_values"] = self.method.make_cache(self.model)
         if compute is None:
             return self.model.generate(*args, **kwargs)
         outer = current_spending()
@@ -122,9 +129,13 @@ class Adapted(nn.Module):
         settings = self._settings(spending, phase, num_rows, tokens.device)
         is_plain = phase == "decode" and (mask is None or bool((valid & ~first).all()))
         enter_pass(Pass(phase, valid, first, settings, is_plain=is_plain, past=past, mask=mask))
+        if isinstance(cache, HierarchicalCache) and not past and mask is not None:
+            cache.mark_padding(mask)
         if spending is not None:
             full = self.geometry.ffn_size
             spending.meter.open_pass(phase, valid, self.geometry.num_layers, full)
+            if isinstance(cache, HierarchicalCache):
+                spending.meter.add("scores", 0, -cache.saved_bytes, 0, 0)
             if self._num_plain_ffns:
                 spending.meter.widths(valid.long() * full * self._num_plain_ffns)
 

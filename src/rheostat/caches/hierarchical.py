@@ -161,10 +161,13 @@ class HierarchicalLayer(RewindableLayer):
         """Quantised keys and values."""
         return self._body
 
-    def body_length(self, num_tokens: int) -> int:
-        """How many of a row's tokens belong to the body."""
-        size = self.group_size
-        return num_tokens - size - num_tokens % size if num_tokens >= 2 * size else 0
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of the full-precision cache that a reader does not have to read now."""
+        keys = self._buffer[0]
+        sizes = (self.group_size, self.value_group_size)
+        shape = (keys.shape[1], keys.shape[-1]) if self.is_initialized else (0, 0)
+        return sum(saved_bytes(n, *shape, sizes, self.bits, keys.element_size()) for n in self.body_lengths)
 
     def room(self) -> list[int]:
         """Places left before the body grows, less the one of the next token."""
@@ -179,8 +182,10 @@ class HierarchicalLayer(RewindableLayer):
         """Move from the buffer to the body what the rows' lengths say belongs there."""
         due: dict[tuple[int, int], list[int]] = {}
         for row, (n, body) in enumerate(zip(self.lengths, self.body_lengths, strict=True)):
-            if more := self.body_length(n) - body:
+            if more := body_length(n, self.group_size) - body:
                 due.setdefault((body, more), []).append(row)
+        if due:  # a reader may still hold a view of the old buffer: a prompt's first step reads after this
+            self._buffer = (self._buffer[0].clone(), self._buffer[1].clone())
         for (start, number), rows in due.items():
             moved = tuple(buffer[rows, :, :number] for buffer in self._buffer)
             self._store(rows, start, moved[0], moved[1])
@@ -216,7 +221,7 @@ class HierarchicalLayer(RewindableLayer):
         self.num_columns = key_states.shape[2]
         self._resize(2 * self.group_size + SPARE)
         for row, n in enumerate(self.lengths):
-            body, start = self.body_length(n), self.num_columns - n
+            body, start = body_length(n, self.group_size), self.num_columns - n
             one = slice(row, row + 1)
             if body:
                 parts = (states[one, :, start : start + body] for states in (key_states, value_states))
@@ -252,6 +257,20 @@ class HierarchicalLayer(RewindableLayer):
     def _check_body(self, taken: int) -> None:
         if min(self.buffer_lengths) < 0:
             raise ValueError(f"{-taken} tokens cannot be taken back: the oldest of them are in the quantised body")
+
+
+def body_length(num_tokens: int, group_size: int) -> int:
+    """How many of a row's tokens are in the body."""
+    return num_tokens - group_size - num_tokens % group_size if num_tokens >= 2 * group_size else 0
+
+
+def saved_bytes(
+    body: int, num_heads: int, head_dim: int, group_sizes: tuple[int, int], bits: int, itemsize: int
+) -> int:
+    """Full-precision bytes of `body` tokens of one row and layer, less what reading `bits` bits of them takes."""
+    numbers = num_heads * head_dim * body  # of keys; as many of values
+    scales = numbers // group_sizes[0] + numbers // group_sizes[1]
+    return 2 * numbers * itemsize - 2 * numbers * bits // 8 - 2 * scales * itemsize
 
 
 class HierarchicalCache(Cache):
@@ -308,6 +327,11 @@ class HierarchicalCache(Cache):
         """Of all layers."""
         return cache_bytes(self)
 
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of a full-precision cache that reading this one leaves out, all layers and rows."""
+        return sum(layer.saved_bytes for layer in self.hierarchical_layers)
+
     def mark_padding(self, attention_mask: torch.Tensor) -> None:
         """Say where each row's own tokens begin, before the first of them come: mask [B, T], 0 for padding."""
         padding = (attention_mask.long().cumsum(1) == 0).sum(1).tolist()
@@ -347,8 +371,8 @@ def cache_bytes(cache: Cache) -> int:
     return total
 
 
-def check_groups(group_size: int, value_group_size: int, head_dim: int, name: str = "") -> None:
-    """Refuse group sizes that cannot be.
+def check_groups(group_size: int, value_group_size: int, head_dim: int = 0, name: str = "") -> None:
+    """Refuse group sizes that cannot be, for heads of any width where none is given.
 
     Raises:
         SettingError: naming the setting, behind `name` if given.

@@ -51,7 +51,9 @@ def check_rewindable(cache: Cache) -> None:
         is_ours = isinstance(kind, type) and issubclass(kind, RewindableLayer)
         if kind not in _PLAIN_LAYERS and not is_ours:
             allowed = "a cache that can take tokens back: a dynamic one, or one of rheostat's own"
-            raise bad_setting("past_key_values", f"{type(cache).__name__} of {getattr(kind, '__name__', kind)}", allowed)
+            raise bad_setting(
+                "past_key_values", f"{type(cache).__name__} of {getattr(kind, '__name__', kind)}", allowed
+            )
 
 
 def rewind(cache: Cache, drops: list[int]) -> None:

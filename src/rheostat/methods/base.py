@@ -20,6 +20,7 @@ from rheostat import families
 from rheostat.cost import Cost, dense_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
+from rheostat.speculate.drafter import Drafter, Stopping
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -179,6 +180,14 @@ class Method:
         return {}
 
     # -- running
+
+    def acts_at(self, stage: str) -> bool:
+        """Whether the method, or one of a chain's, claims `stage`."""
+        return stage in self.stages
+
+    def drafter(self, stopping: Stopping | None = None) -> Drafter | None:
+        """How the method drafts for itself, for `speculate="self"`; None when it has no way of its own."""
+        return None
 
     def make_cache(self, model: PreTrainedModel) -> Cache:
         """An empty cache for `model`."""

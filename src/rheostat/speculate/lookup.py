@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rheostat.errors import bad_setting
-from rheostat.speculate.drafting import Draft, Drafter, State, no_draft
+from rheostat.speculate.drafter import Draft, Drafter, State, no_draft
 
 
 class PromptLookup(Drafter):

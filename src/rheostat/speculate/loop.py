@@ -19,7 +19,7 @@ from rheostat.errors import bad_setting
 from rheostat.methods.base import Method
 from rheostat.sampling import Sampling, probabilities, sample
 from rheostat.speculate.accepting import accept_greedy, accept_sampled
-from rheostat.speculate.drafting import LONGEST_DRAFT, Draft, Drafter, State
+from rheostat.speculate.drafter import LONGEST_DRAFT, Draft, Drafter, State
 from rheostat.spending import as_phase, current_spending
 
 
@@ -129,7 +129,9 @@ def speculate(
         logits = _check(state, draft)
         num_kept, following = _accept(state, draft, logits)
         drops = _advance(state, draft, num_kept, following)
-        new = [[*d[:n], t] for d, n, t in zip(_lists(draft.token_ids), _lists(num_kept), _lists(following), strict=True)]
+        new = [
+            [*d[:n], t] for d, n, t in zip(_lists(draft.token_ids), _lists(num_kept), _lists(following), strict=True)
+        ]
         is_active = state.active.tolist()
         result = _emit(state, written, ending, new, draft.lengths.tolist())
         _note(result, is_active)
@@ -197,9 +199,7 @@ def _advance(state: State, draft: Draft, num_kept: torch.Tensor, following: torc
     return drops.tolist()
 
 
-def _emit(
-    state: State, written: _Written, ending: Ending, new: list[list[int]], num_drafted: list[int]
-) -> Round:
+def _emit(state: State, written: _Written, ending: Ending, new: list[list[int]], num_drafted: list[int]) -> Round:
     """Cut the new tokens of each row at its end and hand them out."""
     out, device = [], state.token_ids.device
     is_active = state.active.tolist()
