@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +17,8 @@ from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost
 from rheostat.dial import Dial
 from rheostat.geometry import Geometry
 from rheostat.methods.base import MeteredFFN, Method
+from rheostat.speculate.drafter import Drafter
+from rheostat.speculate.generating import generate, make_drafter
 from rheostat.spending import Compute, Pass, Spending, current_pass, current_phase, current_spending, enter_pass, spend
 
 if TYPE_CHECKING:
@@ -93,17 +96,32 @@ class Adapted(nn.Module):
         """The host's forward, under the enclosing `rheostat.spend`."""
         return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, compute: Compute | Mapping[str, Compute] | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *args: Any,
+        compute: Compute | Mapping[str, Compute] | None = None,
+        speculate: str | Drafter | None = None,
+        draft_compute: float | None = None,
+        draft_risk: float = 1.0,
+        **kwargs: Any,
+    ) -> Any:
         """The host's `generate` at `compute` (see `rheostat.spend`); left out, the enclosing `spend` decides.
 
         Inside a `spend` block with an explicit `compute`, the block's meter goes on counting.
+
+        Args:
+            speculate: how to draft: `self`, `low_dial`, `prompt_lookup`, `streaming_llm`, `snapkv`, or a `Drafter`.
+                Then `draft_length` is how much, and `speculate.generating.generate` says which other arguments there are.
+            draft_compute: of the `low_dial` draft; left out, the least that the dial reaches.
+            draft_risk: stop drafting when the draft's own probabilities put the risk of a rejection above this.
         """
-        if self.method.acts_at("cache") and not any(kwargs.get(name) for name in OWN_CACHE):
-            kwargs["past_key_values"] = self.method.make_cache(self.model)
-        if compute is None:
-            return self.model.generate(*args, **kwargs)
         outer = current_spending()
-        with spend(compute, meter=outer.meter if outer else None):
+        with nullcontext() if compute is None else spend(compute, meter=outer.meter if outer else None):
+            if speculate is not None:
+                drafter = make_drafter(speculate, self.method, self.dial.low, compute=draft_compute, risk=draft_risk)
+                return generate(self.model, self.method, drafter, *args, **kwargs)
+            if self.method.acts_at("cache") and not any(kwargs.get(name) for name in OWN_CACHE):
+                kwargs["past_key_values"] = self.method.make_cache(self.model)
             return self.model.generate(*args, **kwargs)
 
     def detach(self) -> PreTrainedModel:

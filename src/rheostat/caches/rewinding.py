@@ -80,7 +80,8 @@ def contents(layer: CacheLayerMixin) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's keys and values [B, K, S, d]."""
     if isinstance(layer, RewindableLayer):
         return layer.contents()
-    assert layer.keys is not None and layer.values is not None
+    assert layer.keys is not None
+    assert layer.values is not None
     return layer.keys, layer.values
 
 

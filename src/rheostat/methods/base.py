@@ -228,7 +228,7 @@ class Method:
         attention_mask: torch.Tensor,
         cache: Cache,
     ) -> torch.Tensor:
-        """Check a draft: take the newest token and the drafted ones [B, T] and return the logits after each [B, T, V]."""
+        """Check a draft: take the newest token and the drafted ones [B, T]; the logits after each are [B, T, V]."""
         out = model(
             input_ids=token_ids,
             attention_mask=attention_mask,

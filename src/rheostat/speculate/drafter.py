@@ -90,19 +90,3 @@ class Stopping:
     def __post_init__(self) -> None:
         if not 0 < self.risk <= 1:
             raise bad_setting("risk", self.risk, "above 0 and at most 1")
-
-
-class Stepper:
-    """Reads a token a row into a cache and gives the next token's logits [B, V]; counts how many it has read."""
-
-    def __init__(self, model: PreTrainedModel, cache: Cache, mask: torch.Tensor, position_ids: torch.Tensor) -> None:
-        self.model, self.cache, self.mask, self.position_ids = model, cache, mask, position_ids
-        self.num_read = 0
-
-    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [B] -> logits [B, V]."""
-        if self.num_read:
-            self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
-        logits = read(self.model, token_ids[:, None], self.mask, self.cache, self.position_ids + self.num_read)
-        self.num_read += 1
-        return logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
@@ -55,8 +56,30 @@ def draw(logits: torch.Tensor, state: State) -> tuple[torch.Tensor, torch.Tensor
     return token_ids, probs, probs.gather(1, token_ids[:, None])[:, 0]
 
 
-def draft_token_by_token(state: State, limits: torch.Tensor, stopping: Stopping, step: Stepper) -> Draft:
-    """Draft one token after another with `step`, until every row reached its limit or its risk."""
+class Stepper:
+    """Reads a token a row into a cache and gives the next token's logits [B, V]; counts how many it has read."""
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, mask: torch.Tensor, position_ids: torch.Tensor) -> None:
+        self.model, self.cache, self.mask, self.position_ids = model, cache, mask, position_ids
+        self.num_read = 0
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [B] -> logits [B, V]."""
+        if self.num_read:
+            self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
+        logits = read(self.model, token_ids[:, None], self.mask, self.cache, self.position_ids + self.num_read)
+        self.num_read += 1
+        return logits
+
+
+def draft_token_by_token(
+    state: State, limits: torch.Tensor, stopping: Stopping, step: Callable[[torch.Tensor], torch.Tensor]
+) -> Draft:
+    """Draft one token after another with `step`, until every row reached its limit or its risk.
+
+    Args:
+        step: reads a token a row [B] and gives the next one's logits [B, V].
+    """
     newest, chances = state.token_ids[:, -1], torch.ones(len(limits), device=limits.device)
     lengths = torch.zeros_like(limits)
     going = limits > 0

@@ -129,9 +129,7 @@ def speculate(
         logits = _check(state, draft)
         num_kept, following = _accept(state, draft, logits)
         drops = _advance(state, draft, num_kept, following)
-        new = [
-            [*d[:n], t] for d, n, t in zip(_lists(draft.token_ids), _lists(num_kept), _lists(following), strict=True)
-        ]
+        new = _join(draft.token_ids.tolist(), num_kept.tolist(), following.tolist())
         is_active = state.active.tolist()
         result = _emit(state, written, ending, new, draft.lengths.tolist())
         _note(result, is_active)
@@ -227,5 +225,5 @@ def _append(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.cat([left, right.to(left.dtype)], 1)
 
 
-def _lists(x: torch.Tensor) -> list:
-    return x.tolist()
+def _join(drafts: list[list[int]], num_kept: list[int], following: list[int]) -> list[list[int]]:
+    return [[*draft[:n], token] for draft, n, token in zip(drafts, num_kept, following, strict=True)]
