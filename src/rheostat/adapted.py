@@ -111,7 +111,7 @@ class Adapted(nn.Module):
 
         Args:
             speculate: how to draft: `self`, `low_dial`, `prompt_lookup`, `streaming_llm`, `snapkv`, or a `Drafter`.
-                Then `draft_length` is how much, and `speculate.generating.generate` says which other arguments there are.
+                Then `draft_length` is how much; `speculate.generating.generate` has the other arguments.
             draft_compute: of the `low_dial` draft; left out, the least that the dial reaches.
             draft_risk: stop drafting when the draft's own probabilities put the risk of a rejection above this.
         """

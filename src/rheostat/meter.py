@@ -167,6 +167,7 @@ class Meter:
         return out
 
     _charged: str | None = field(default=None, repr=False)
+    _is_checking: bool = field(default=False, repr=False)
     _sizes: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     _spent: dict[str, list[int]] = field(default_factory=lambda: {part: [0, 0] for part in PARTS}, repr=False)
     _dense: dict[str, list[int]] = field(default_factory=lambda: {part: [0, 0] for part in PARTS}, repr=False)
@@ -190,6 +191,23 @@ class Meter:
         finally:
             self._charged = before
 
+    @contextmanager
+    def checking(self) -> Iterator[None]:
+        """Passes inside check drafts: what they spend counts, but what the dense model would have spent depends on how
+        many tokens come out, and is told by `owe`."""
+        before, self._is_checking = self._is_checking, True
+        try:
+            yield
+        finally:
+            self._is_checking = before
+
+    def owe(self, dense: Cost, num_tokens: int) -> None:
+        """The dense model would have spent this to write the `num_tokens` tokens that were checked and kept."""
+        self.num_decode_tokens += num_tokens
+        for part in PARTS:
+            self._dense[part][0] += getattr(dense.flops, part)
+            self._dense[part][1] += getattr(dense.bytes, part)
+
     def open_pass(self, phase: str, valid: torch.Tensor, num_layers: int, ffn_size: int) -> None:
         """A forward pass begins on the tokens marked in `valid` [B, T]."""
         if self._charged is not None:
@@ -198,7 +216,7 @@ class Meter:
         self.num_layers, self.ffn_size = num_layers, ffn_size
         record = PassRecord(phase, valid, torch.zeros(valid.shape, dtype=torch.int64, device=valid.device))
         self.passes = [*self.passes, record] if self.keep_passes else [record]
-        num_tokens = int(valid.sum())
+        num_tokens = 0 if self._is_checking else int(valid.sum())
         if phase == "prefill":
             self.num_prefill_tokens += num_tokens
         else:
@@ -208,6 +226,8 @@ class Meter:
         """Add to one part what was spent, and what the dense model would have spent in its place."""
         if self._charged is not None:
             part = part if part == "scores" else self._charged
+            dense_flops = dense_bytes = 0
+        if self._is_checking:
             dense_flops = dense_bytes = 0
         for sums, f, b in ((self._spent[part], flops, num_bytes), (self._dense[part], dense_flops, dense_bytes)):
             sums[0] += f

@@ -147,7 +147,11 @@ def _sampling(settings: Any, kwargs: dict[str, Any]) -> Sampling:
     asked = {name: getattr(settings, name) if value is None else value for name, value in given.items()}
     if not asked["do_sample"]:
         return Sampling()
-    plain = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # what the host's own `generate` falls back to
+    plain: dict[str, Any] = {
+        "temperature": 1.0,
+        "top_k": 50,
+        "top_p": 1.0,
+    }  # what the host's own `generate` falls back to
     return Sampling(**{name: asked[name] if asked[name] is not None else value for name, value in plain.items()})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,9 @@ from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
 from rheostat.caches.rewinding import check_rewindable, rewind, roll_right, room
+from rheostat.cost import rows_decode_cost
 from rheostat.errors import bad_setting
+from rheostat.geometry import Geometry
 from rheostat.methods.base import Method
 from rheostat.sampling import Sampling, probabilities, sample
 from rheostat.speculate.accepting import accept_greedy, accept_sampled
@@ -78,6 +81,11 @@ class _Written:
     rows: list[list[int]]
     started: float = field(default_factory=time.perf_counter)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(map(len, self.rows))
+
 
 @torch.inference_mode()
 def speculate(
@@ -125,14 +133,15 @@ def speculate(
         drafter.begin(state)
     while bool(state.active.any()):
         limits = _limits(state, written, ending, draft_length)
+        pasts = (state.mask.sum(1) - 1).tolist()
         draft = drafter.propose(state, limits)
         logits = _check(state, draft)
         num_kept, following = _accept(state, draft, logits)
         drops = _advance(state, draft, num_kept, following)
         new = _join(draft.token_ids.tolist(), num_kept.tolist(), following.tolist())
-        is_active = state.active.tolist()
+        was_active, before = state.active.tolist(), written.longest
         result = _emit(state, written, ending, new, draft.lengths.tolist())
-        _note(result, is_active)
+        _note(model, result, was_active, pasts, written.longest - before)
         yield result
         if bool(state.active.any()):
             drafter.settle(state, draft.token_ids.shape[1], drops)
@@ -167,7 +176,8 @@ def _limits(state: State, written: _Written, ending: Ending, draft_length: int) 
 def _check(state: State, draft: Draft) -> torch.Tensor:
     """The model's logits [B, G + 1, V] after the newest token and after each drafted one."""
     block = torch.cat([state.token_ids[:, -1:], draft.token_ids], 1)
-    with as_phase("decode"):
+    spending = current_spending()
+    with as_phase("decode"), nullcontext() if spending is None else spending.meter.checking():
         return state.method.verify(state.model, block, pad(state.mask, (0, block.shape[1] - 1), value=1), state.cache)
 
 
@@ -212,13 +222,23 @@ def _emit(state: State, written: _Written, ending: Ending, new: list[list[int]],
     return Round(out, ~state.active, num_drafted, time.perf_counter() - written.started)
 
 
-def _note(result: Round, is_active: list[bool]) -> None:
+def _note(model: PreTrainedModel, result: Round, was_active: list[bool], pasts: list[int], num_steps: int) -> None:
+    """Tell the meter what came of a round that began with `pasts` tokens a row in the cache."""
     spending = current_spending()
     if spending is None:
         return
-    for tokens, drafted, was_active in zip(result.token_ids, result.num_drafted, is_active, strict=True):
-        if was_active:
-            spending.meter.speculation.add(drafted, len(tokens) - 1)
+    rows = [row for row, active in enumerate(was_active) if active]
+    news = [len(result.token_ids[row]) for row in rows]
+    for row, new in zip(rows, news, strict=True):
+        spending.meter.speculation.add(result.num_drafted[row], new - 1)
+    dense = rows_decode_cost(
+        Geometry.from_config(model.config),
+        news=news,
+        pasts=[pasts[row] for row in rows],
+        num_steps=num_steps,
+        itemsize=model.dtype.itemsize,
+    )
+    spending.meter.owe(dense, sum(news))
 
 
 def _append(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -96,7 +96,7 @@ class QuantSpec(Method):
             head = families.head(model)
             name = next(name for name, module in model.named_children() if module is head)
             found.append((model, name, head))  # type: ignore[arg-type]
-        return found  # type: ignore[return-value]
+        return found
 
     # -- running
 
