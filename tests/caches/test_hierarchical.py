@@ -90,7 +90,7 @@ def test_rejecting_everything_leaves_no_trace(length):
 
 
 def test_the_body_only_grows_and_by_whole_groups():
-    one, keys, _ = layer(10)
+    one, _, _ = layer(10)
     one.activate_past_recording()
     old = one.body_lengths[0]
     for kept in (1, 3, 0, 4, 2, 4, 4):
