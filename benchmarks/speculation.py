@@ -46,7 +46,7 @@ def read_prompts(data: Path, number: int) -> dict[str, list[str]]:
 def decode(adapted: Adapted, tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every drafter on every kind of prompt, in batches, beside plain greedy decoding of the same model and cache."""
     rows = []
-    drafters = [name for name in DRAFTERS if name != "low_dial" or adapted.dial.low < 1]
+    drafters = [name for name in args.drafters.split(",") if name != "low_dial" or adapted.dial.low < 1]
     for kind, prompts in read_prompts(args.data, args.prompts).items():
         for start in range(0, len(prompts), args.batch):
             batch = encode(tokenizer, prompts[start : start + args.batch], args.longest)
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--parts", default="decode,perplexity,memory,bound")
+    parser.add_argument("--drafters", default=",".join(DRAFTERS))
     parser.add_argument("--prompts", type=int, default=4, help="of each kind")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--longest", type=int, default=512, help="tokens of a prompt")

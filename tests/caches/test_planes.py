@@ -85,7 +85,7 @@ def test_constant_groups_and_outliers_stay_finite(dtype, value):
         for bits in (4, 8):
             seen = dequantise(quantise(x, -1, 8), -1, 8, bits)
             assert torch.isfinite(seen).all()
-            torch.testing.assert_close(seen.float(), x.float(), rtol=0.02, atol=1e-7)
+            torch.testing.assert_close(seen.float(), x.float(), rtol=0.02, atol=2e-7)
     assert torch.equal(dequantise(quantise(constant, -1, 8), -1, 8, 8), constant)
 
 
