@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from rheostat.errors import SettingError
 from rheostat.spending import Pass, current_pass, current_spending, enter_pass, replay, spend
 
 BAD = [0, 0.0, -0.1, 1.5, float("nan"), float("inf"), "x", None, [], (), [0.5, 0], [0.5, None], [[0.5]]]
-BAD += [{"prefill": 0}, {"decode": "x"}, torch.tensor([]), torch.tensor([0.5, 2.0]), object()]
+BAD += [{"prefill": 0}, {"decode": "x"}, torch.tensor([]), torch.tensor([0.5, 2.0]), Path()]
 
 
 @pytest.mark.parametrize("value", BAD, ids=repr)

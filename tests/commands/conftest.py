@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +35,14 @@ Rheostat = Callable[..., Done]
 
 
 @pytest.fixture
-def rheostat(capsys: pytest.CaptureFixture[str]) -> Rheostat:
+def rheostat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Rheostat:
     """Calls the command line."""
 
     def call(*arguments: object) -> Done:
         capsys.readouterr()
-        status = main([str(argument) for argument in arguments])
+        line = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["rheostat", *line])  # what provenance reports
+        status = main(line)
         return Done(status, *capsys.readouterr())
 
     return call
