@@ -160,7 +160,7 @@ def bound(adapted: Adapted, rows: list[dict[str, Any]], args: argparse.Namespace
     acceptance = sum(row["accepted"] for row in drafted) / sum(row["drafted"] for row in drafted)
     geometry, method = adapted.geometry, QuantSpec()
     twins = [module for module in adapted.model.modules() if isinstance(module, TwinLinear)]
-    saved = sum(2 * twin.weight.numel() - twin.weight.numel() // 2 - 4 * (twin.weight.numel() // 64) for twin in twins)
+    saved = sum(3 * one.weight.numel() // 2 - 4 * (one.weight.numel() // one.group_size) for one in twins)
     out = {"acceptance": acceptance}
     for past in (512, 2048, 4096, 8000):
         plain = rheostat.Method().cost(geometry, num_tokens=1, past=past).bytes.total
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--draft-length", type=int, default=4)
-    parser.add_argument("--draft-weights", default="ffn,attention,head")
+    parser.add_argument("--draft-weights", default="ffn,attention")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window", type=int, default=1024)

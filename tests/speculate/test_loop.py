@@ -43,7 +43,8 @@ DRAFTERS = {
 
 
 def quantspec(family: str = "qwen3") -> Adapted:
-    return Adapted(tiny_model(family).double(), QuantSpec(group_size=G, weight_group_size=8))
+    parts = ("ffn", "attention", "head")
+    return Adapted(tiny_model(family).double(), QuantSpec(group_size=G, weight_group_size=8, draft_weights=parts))
 
 
 def plain(adapted: Adapted, ids: torch.Tensor, mask: torch.Tensor, number: int = NEW) -> list[list[int]]:

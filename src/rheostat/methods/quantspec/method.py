@@ -41,9 +41,9 @@ class QuantSpec(Method):
     """G: tokens of a key group; the newest G to 2G - 1 tokens stay in full precision."""
     value_group_size: int = 0
     """Channels of a value group; 0 is the whole head (as published, where both are 128)."""
-    draft_weights: tuple[str, ...] = PLACES
+    draft_weights: tuple[str, ...] = ("ffn", "attention")
     """Whose weights the draft reads in 4 bits: ffn (as published), attention, head. None: it shares all weights."""
-    weight_group_size: int = 64
+    weight_group_size: int = 32
     """Inputs that share a scale in the draft's weights (published: 128, which does not divide every model)."""
     remember_views: bool = False
     """Keep the cache as numbers besides its bits: without a kernel that reads bits, faster; and no memory is saved."""
