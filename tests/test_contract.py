@@ -14,6 +14,7 @@ from rheostat.cost import Cost, Parts
 from rheostat.errors import SettingError
 from rheostat.methods import METHODS, Chain, Method, make_method
 from rheostat.methods.dynamoe import DynaMoE
+from rheostat.methods.quantspec import QuantSpec
 from rheostat.spending import spend
 from tests.tiny import CONTRACT_FAMILIES, tiny_model, tiny_windows
 
@@ -29,6 +30,13 @@ CASES: dict[str, Method] = {
         target="class",
         refit=False,
         ranking="activation_weight",
+    ),
+    "quantspec": QuantSpec(group_size=16, weight_group_size=8),
+    "chain-quantspec": Chain(
+        [
+            DynaMoE(tile=4, router_width=8, router_steps=30, router_loss_share=1.0),
+            QuantSpec(group_size=16, weight_group_size=8),
+        ]
     ),
     "chain": Chain([DynaMoE(tile=4, router_width=8, router_steps=30, router_loss_share=1.0, criterion="residual")]),
 }

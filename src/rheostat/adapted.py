@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from rheostat import families
+from rheostat.caches.hierarchical import HierarchicalCache
 from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
 from rheostat.dial import Dial
 from rheostat.geometry import Geometry
@@ -21,10 +23,17 @@ from rheostat.runtime.choosing import KNOWN_STAGES, OWN_GENERATE, check_runtime,
 from rheostat.runtime.engine import Runtime
 from rheostat.runtime.generating import generate
 from rheostat.runtime.packing import check_format
-from rheostat.spending import Compute, Pass, Spending, current_pass, current_spending, enter_pass, spend
+from rheostat.speculate.drafter import Drafter
+from rheostat.speculate.generating import generate as draft_and_check
+from rheostat.speculate.generating import make_drafter
+from rheostat.spending import Compute, Pass, Spending, current_pass, current_phase, current_spending, enter_pass, spend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+OWN_CACHE = ("past_key_values", "cache_implementation")
+"""Arguments of `generate` by which a caller chooses the cache."""
 
 
 class Adapted(nn.Module):
@@ -102,6 +111,9 @@ class Adapted(nn.Module):
         compute: Compute | Mapping[str, Compute] | None = None,
         runtime: str = "auto",
         weights: str = "auto",
+        speculate: str | Drafter | None = None,
+        draft_compute: float | None = None,
+        draft_risk: float = 1.0,
         **kwargs: Any,
     ) -> Any:
         """The host's `generate` at `compute` (see `rheostat.spend`); left out, the enclosing `spend` decides.
@@ -112,14 +124,19 @@ class Adapted(nn.Module):
             runtime: `auto` runs what it can on our own runtime and the rest on `transformers`; `native` refuses the
                 rest; `stock` is `transformers` always.
             weights: what our runtime holds the weights in: fp32, bf16, fp16, int8, int4; `auto` is the model's dtype.
+            speculate: how to draft: `self`, `low_dial`, `prompt_lookup`, `streaming_llm`, `snapkv`, or a `Drafter`.
+                Then `draft_length` is how much; `speculate.generating.generate` has the other arguments.
+            draft_compute: of the `low_dial` draft; left out, the least that the dial reaches.
+            draft_risk: stop drafting when the draft's own probabilities put the risk of a rejection above this.
 
         Raises:
             SettingError: a setting is not one of these, or our runtime was asked for and cannot run this.
         """
-        if compute is None:
-            return self._generate(args, kwargs, runtime, weights)
         outer = current_spending()
-        with spend(compute, meter=outer.meter if outer else None):
+        with nullcontext() if compute is None else spend(compute, meter=outer.meter if outer else None):
+            if speculate is not None:
+                drafter = make_drafter(speculate, self.method, self.dial.low, compute=draft_compute, risk=draft_risk)
+                return draft_and_check(self.model, self.method, drafter, *args, **kwargs)
             return self._generate(args, kwargs, runtime, weights)
 
     def _generate(self, args: tuple[Any, ...], kwargs: dict[str, Any], runtime: str, weights: str) -> Any:
@@ -131,6 +148,8 @@ class Adapted(nn.Module):
                 return generate(self.model, native, self.settings, args, kwargs)
         except Unsupported as reason:
             refuse(runtime, reason)
+        if "cache" in self.method.acts_at() and not any(kwargs.get(name) for name in OWN_CACHE):
+            kwargs = kwargs | {"past_key_values": self.method.make_cache(self.model)}
         return self.model.generate(*args, **kwargs)
 
     def runtime(self, runtime: str = "auto", weights: str = "auto") -> Runtime | None:
@@ -179,7 +198,7 @@ class Adapted(nn.Module):
         num_rows, num_tokens = tokens.shape[:2]
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        phase = "decode" if past and num_tokens == 1 else "prefill"
+        phase = current_phase() or ("decode" if past and num_tokens == 1 else "prefill")
         mask = kwargs.get("attention_mask")
         mask = _plain_mask(mask, num_rows, num_tokens, past)
         valid, first = _marks(mask, num_rows, num_tokens, past, tokens.device)
@@ -187,9 +206,13 @@ class Adapted(nn.Module):
         settings = self._settings(spending, phase, num_rows, tokens.device)
         is_plain = phase == "decode" and (mask is None or bool((valid & ~first).all()))
         enter_pass(Pass(phase, valid, first, settings, is_plain=is_plain, past=past, mask=mask))
+        if isinstance(cache, HierarchicalCache) and not past and mask is not None:
+            cache.mark_padding(mask)
         if spending is not None:
             full = self.geometry.ffn_size
             spending.meter.open_pass(phase, valid, self.geometry.num_layers, full)
+            if isinstance(cache, HierarchicalCache):
+                spending.meter.add("scores", 0, -cache.saved_bytes, 0, 0)
             if self._num_plain_ffns:
                 spending.meter.widths(valid.long() * full * self._num_plain_ffns)
 

@@ -132,6 +132,30 @@ def current_pass() -> Pass | None:
     return _pass.get()
 
 
+_phase: ContextVar[str | None] = ContextVar("rheostat_phase", default=None)
+
+
+def current_phase() -> str | None:
+    """The phase that the caller declared, or None: then the shape of the pass tells."""
+    return _phase.get()
+
+
+@contextmanager
+def as_phase(phase: str) -> Iterator[None]:
+    """Passes inside are of `phase`, whatever their shape: to check several drafted tokens at once is decoding.
+
+    Raises:
+        SettingError: for an unknown phase.
+    """
+    if phase not in PHASES:
+        raise bad_setting("phase", phase, f"one of {', '.join(PHASES)}")
+    token = _phase.set(phase)
+    try:
+        yield
+    finally:
+        _phase.reset(token)
+
+
 def enter_pass(one: Pass) -> None:
     """Announce a forward pass. It stays in force until the next one."""
     _pass.set(one)

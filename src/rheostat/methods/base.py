@@ -21,6 +21,7 @@ from rheostat.cost import Cost, dense_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
 from rheostat.runtime.weights import FFNWeights
+from rheostat.speculate.drafter import Drafter, Stopping
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -190,6 +191,10 @@ class Method:
 
     # -- running
 
+    def drafter(self, stopping: Stopping | None = None) -> Drafter | None:
+        """How the method drafts for itself, for `speculate="self"`; None when it has no way of its own."""
+        return None
+
     def make_cache(self, model: PreTrainedModel) -> Cache:
         """An empty cache for `model`."""
         return DynamicCache(config=model.config)
@@ -221,6 +226,23 @@ class Method:
     ) -> torch.Tensor:
         """One step: take the newest tokens [B, 1] and return the next token's logits [B, V]."""
         return Method.prefill(self, model, token_ids, attention_mask, cache)
+
+    def verify(
+        self,
+        model: PreTrainedModel,
+        token_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        cache: Cache,
+    ) -> torch.Tensor:
+        """Check a draft: take the newest token and the drafted ones [B, T]; the logits after each are [B, T, V]."""
+        out = model(
+            input_ids=token_ids,
+            attention_mask=attention_mask,
+            position_ids=positions(attention_mask)[:, -token_ids.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.logits
 
     # -- saving
 

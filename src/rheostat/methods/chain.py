@@ -13,6 +13,7 @@ from rheostat.cost import Cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
 from rheostat.methods.base import Method, Progress, no_progress
+from rheostat.speculate.drafter import Drafter, Stopping
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -156,6 +157,10 @@ class Chain(Method):
             name: override for m in self.methods for name, override in m.baselines(model, expert_counts, seed).items()
         }
 
+    def drafter(self, stopping: Stopping | None = None) -> Drafter | None:
+        """Of the method at the decode stage."""
+        return self.at("decode").drafter(stopping)
+
     def make_cache(self, model: PreTrainedModel) -> Cache:
         """From the method at the cache stage."""
         return self.at("cache").make_cache(model)
@@ -171,6 +176,12 @@ class Chain(Method):
     ) -> torch.Tensor:
         """By the method at the decode stage."""
         return self.at("decode").decode(model, token_ids, attention_mask, cache)
+
+    def verify(
+        self, model: PreTrainedModel, token_ids: torch.Tensor, attention_mask: torch.Tensor, cache: Cache
+    ) -> torch.Tensor:
+        """By the method at the decode stage."""
+        return self.at("decode").verify(model, token_ids, attention_mask, cache)
 
     def state(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         """Each method's tensors under its name."""
