@@ -9,13 +9,24 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rheostat import families
 from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
 from rheostat.dial import Dial
 from rheostat.geometry import Geometry
 from rheostat.methods.base import MeteredFFN, Method
-from rheostat.spending import Compute, Pass, Spending, current_pass, current_spending, enter_pass, spend
+from rheostat.spending import (
+    Compute,
+    Pass,
+    current_pass,
+    current_spending,
+    enter_pass,
+    forced_phase,
+    register_dial,
+    spend,
+    unregister_dial,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +60,9 @@ class Adapted(nn.Module):
         self.geometry = Geometry.from_config(model.config)
         self.method.attach(model)
         self.model = model
+        register_dial(model, self._settings)
+        if self.method.at("prefill").reads_prompts:
+            model._prefill = self._read_prompt  # the seam of the host's `generate`, in all its modes
         self.dial = dial or Dial()
         self.report: dict[str, Any] = dict(report or {})
         """How this model was made: filled by `adapt`, saved with the artifact."""
@@ -104,8 +118,28 @@ class Adapted(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.model.__dict__.pop("_prefill", None)
+        unregister_dial(self.model)
         self.method.detach(self.model)
         return self.model
+
+    def _read_prompt(
+        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        """The host's `_prefill` through the method's own `prefill`, whenever a prompt is only to be continued."""
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        wants_more = generation_config.output_hidden_states or generation_config.output_attentions
+        chunks = generation_config.prefill_chunk_size
+        if cache is None or wants_more or chunks or model_kwargs.get("inputs_embeds") is not None:
+            return type(self.model)._prefill(self.model, input_ids, generation_config, model_kwargs, **kwargs)
+        past = int(cache.get_seq_length())
+        if mask is None:
+            mask = torch.ones_like(input_ids)
+        if mask.dim() != 2 or (past and mask.shape[1] not in (input_ids.shape[1], past + input_ids.shape[1])):
+            return type(self.model)._prefill(self.model, input_ids, generation_config, model_kwargs, **kwargs)
+        news = input_ids[:, past:] if mask.shape[1] == input_ids.shape[1] else input_ids
+        logits = self.method.prefill(self.model, news, mask, cache)
+        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
 
     # -- hooks
 
@@ -114,12 +148,12 @@ class Adapted(nn.Module):
         num_rows, num_tokens = tokens.shape[:2]
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        phase = "decode" if past and num_tokens == 1 else "prefill"
+        phase = forced_phase() or ("decode" if past and num_tokens == 1 else "prefill")
         mask = kwargs.get("attention_mask")
         mask = _plain_mask(mask, num_rows, num_tokens, past)
         valid, first = _marks(mask, num_rows, num_tokens, past, tokens.device)
         spending = current_spending()
-        settings = self._settings(spending, phase, num_rows, tokens.device)
+        settings = self._settings(phase, num_rows, tokens.device)
         is_plain = phase == "decode" and (mask is None or bool((valid & ~first).all()))
         enter_pass(Pass(phase, valid, first, settings, is_plain=is_plain, past=past, mask=mask))
         if spending is not None:
@@ -128,9 +162,8 @@ class Adapted(nn.Module):
             if self._num_plain_ffns:
                 spending.meter.widths(valid.long() * full * self._num_plain_ffns)
 
-    def _settings(
-        self, spending: Spending | None, phase: str, num_rows: int, device: torch.device
-    ) -> dict[str, torch.Tensor]:
+    def _settings(self, phase: str, num_rows: int, device: torch.device) -> dict[str, torch.Tensor]:
+        spending = current_spending()
         if spending is None:
             return {}
         if spending.native is not None:

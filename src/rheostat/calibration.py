@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +15,9 @@ from rheostat.dial import Dial
 from rheostat.errors import SettingError
 from rheostat.methods.base import Progress, no_progress
 from rheostat.spending import spend
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 START = 1e-2
 STEP = 2.0
@@ -40,14 +44,27 @@ def _widest_gap(points: dict[float, float]) -> float | None:
     return setting if gap > MAX_GAP else None
 
 
+def read_prompts(adapted: Adapted, prompts: torch.Tensor) -> Cache:
+    """Read prompts [N, T] without padding through the method. Returns the filled cache."""
+    cache = adapted.method.make_cache(adapted.model)
+    adapted.method.prefill(adapted.model, prompts, torch.ones_like(prompts), cache)
+    return cache
+
+
 @torch.no_grad()
 def measure_compute(
     adapted: Adapted, windows: torch.Tensor, native: dict[str, float], batch_tokens: int = 2048
 ) -> float:
     """`compute` that a native setting spends on windows [N, T], the head counted at every position but not run."""
+    reads_prompts = adapted.method.at("prefill").reads_prompts
     with spend(native=native, keep_passes=False) as meter:
         for batch in windows.split(max(1, batch_tokens // windows.shape[1])):
-            families.decoder(adapted.model)(input_ids=batch.to(adapted.device), use_cache=False)
+            if reads_prompts:
+                read_prompts(adapted, batch.to(adapted.device))
+            else:
+                families.decoder(adapted.model)(input_ids=batch.to(adapted.device), use_cache=False)
+        if reads_prompts:
+            return meter.compute
         meter.bill(head_cost(adapted.geometry, windows.numel(), adapted.dtype.itemsize))
     return meter.compute
 
@@ -64,11 +81,20 @@ def calibrate(adapted: Adapted, windows: torch.Tensor, *, progress: Progress = n
     dialled = adapted.method.dialled()
     if not dialled:
         return Dial()
+    measured = {"windows": len(windows), "tokens": windows.numel(), "length": windows.shape[1]}
     if len(dialled) > 1:
         names = " and ".join(method.name for method in dialled)
         raise SettingError(f"method: {names} each have a dial; a joint calibration of several is not there yet")
     name = dialled[0].name
     low, high = dialled[0].setting_range()
+    steps = dialled[0].steps(adapted.geometry)
+    if steps is not None:
+        found = {}
+        for done, one in enumerate(steps):
+            progress("measuring the dial", done, len(steps))
+            found[one] = measure_compute(adapted, windows, {name: one})
+        progress("measuring the dial", len(steps), len(steps))
+        return _dial(name, dialled[0].neutral(), found, measured)
     floor = dialled[0].floor(adapted.geometry)
     middle = (1 + floor) / 2
     points: dict[float, float] = {}
@@ -92,7 +118,12 @@ def calibrate(adapted: Adapted, windows: torch.Tensor, *, progress: Progress = n
         progress("measuring the dial", len(points), len(points) + 1)
         points[between] = measure_compute(adapted, windows, {name: between})
     progress("measuring the dial", len(points), len(points))
-    table = [(1.0, dialled[0].neutral())]
+    return _dial(name, dialled[0].neutral(), points, measured)
+
+
+def _dial(name: str, neutral: float, points: dict[float, float], measured: dict[str, Any]) -> Dial:
+    """The table of one method's dial from setting -> measured compute."""
+    table = [(1.0, neutral)]
     for setting in sorted(points):
         # Close to dense the routers' own cost may exceed what they save; such a point still anchors the interpolation.
         spent = min(points[setting], 1 - 1e-6)
@@ -101,5 +132,4 @@ def calibrate(adapted: Adapted, windows: torch.Tensor, *, progress: Progress = n
         elif spent < table[-1][0] - 1e-7:
             table.append((spent, setting))
     computes, settings = zip(*table, strict=True)
-    measured = {"windows": len(windows), "tokens": windows.numel(), "length": windows.shape[1]}
     return Dial(compute=computes, settings={name: settings}, measured_on=measured)

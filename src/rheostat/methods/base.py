@@ -57,6 +57,8 @@ class Method:
     stages: ClassVar[frozenset[str]] = frozenset()
     is_permanent: ClassVar[bool] = False
     """The method changes weights for good: detaching cannot bring the original model back."""
+    reads_prompts: ClassVar[bool] = False
+    """`prefill` does more than run the model on the prompt; the host's `generate` then reads prompts through it."""
 
     # -- attach and detach
 
@@ -132,6 +134,16 @@ class Method:
     def setting_range(self) -> tuple[float, float]:
         """The native setting's range, from the most compute to the least. Default: there is nothing to set."""
         return (0.0, 0.0)
+
+    def steps(self, geometry: Geometry) -> tuple[float, ...] | None:
+        """The native settings there are on such a model, from the most compute to the least and without the neutral
+        one, where they are few; None where every number in the range is one. What lies between two steps counts as
+        the step that costs less."""
+        return None
+
+    def at(self, stage: str) -> Method:
+        """The method in this one that acts at `stage`; the plain model where none does."""
+        return self if stage in self.stages else Method()
 
     def dialled(self) -> list[Method]:
         """The methods in this one that have a native setting to turn."""

@@ -1,0 +1,188 @@
+"""KV Prediction's configuration and touchpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+
+from rheostat import families
+from rheostat.cost import Cost, dense_cost
+from rheostat.errors import SettingError, bad_setting
+from rheostat.geometry import Geometry
+from rheostat.methods.base import Method, Progress, no_progress
+from rheostat.methods.kv_prediction import fitting, predictor, prefix, reading
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+_handles: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+"""Attached model -> the handles of our hooks on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVPrediction(Method):
+    """An auxiliary reads the prompt and predicts the cache (arXiv 2410.08391; what differs is marked in the docs).
+
+    The native setting is how many layers are predicted: 0 is the dense model; between two depths, the shallower counts.
+    """
+
+    name: ClassVar[str] = "kv_prediction"
+    stages: ClassVar[frozenset[str]] = frozenset({"prefill"})
+    reads_prompts: ClassVar[bool] = True
+
+    depths: tuple[float, ...] = (0.4, 0.5, 2 / 3, 5 / 6)
+    """Depths of the auxiliary that the dial chooses from: shares of the model's layers below 1, or numbers of layers."""
+    exact_tokens: int = 1
+    """How many of a prompt's last tokens the model itself reads, on the predicted cache; at least the last one."""
+    ridge: float = 1e-3
+    """Ridge of the closed-form fit, relative to the mean of the Gram matrix's diagonal."""
+
+    def __post_init__(self) -> None:
+        if not self.depths or any(
+            isinstance(d, bool) or not isinstance(d, int | float) or not 0 < d or (d >= 1 and d != int(d))
+            for d in self.depths
+        ):
+            raise bad_setting("kv_prediction.depths", self.depths, "shares between 0 and 1, or whole numbers of layers")
+        if not isinstance(self.exact_tokens, int) or isinstance(self.exact_tokens, bool) or self.exact_tokens < 1:
+            raise bad_setting("kv_prediction.exact_tokens", self.exact_tokens, "an integer of at least 1")
+        if not 0 <= self.ridge < float("inf"):
+            raise bad_setting("kv_prediction.ridge", self.ridge, "a number of at least 0")
+
+    def layer_counts(self, num_layers: int) -> list[int]:
+        """The depths on a model of `num_layers` layers, deepest first.
+
+        Raises:
+            SettingError: a number of layers that leaves none to predict.
+        """
+        counts = set()
+        for depth in self.depths:
+            if depth >= num_layers:
+                raise bad_setting("kv_prediction.depths", depth, f"below the model's {num_layers} layers")
+            counts.add(int(depth) if depth >= 1 else min(num_layers - 1, max(1, round(depth * num_layers))))
+        return sorted(counts, reverse=True)
+
+    # -- attach and detach
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse a model of an unknown family, with too few layers, or with maps on it already."""
+        families.family_of(model)
+        if model in _handles:
+            raise SettingError("model: has KV Prediction attached already; detach it first")
+        num_layers = len(families.layers(model))
+        if num_layers < 2:
+            raise bad_setting("model", f"{num_layers} layer", "of at least 2 layers, so that there are some to predict")
+        self.layer_counts(num_layers)
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Put the maps on the decoder, and hooks on the layers that the auxiliary may stop at."""
+        self.check(model)
+        depths = self.layer_counts(len(families.layers(model)))
+        predictor.attach(model, depths)
+        _handles[model] = prefix.watch_for_stop(model, depths)
+
+    def detach(self, model: PreTrainedModel) -> None:
+        """Take both off; the model's own weights were never touched."""
+        for handle in _handles.pop(model):
+            handle.remove()
+        predictor.detach(model)
+
+    # -- learning
+
+    def fit(
+        self,
+        model: PreTrainedModel,
+        windows: torch.Tensor,
+        *,
+        generator: torch.Generator,
+        progress: Progress = no_progress,
+        work_dir: Path | None = None,
+    ) -> dict[str, Any]:
+        """All depths' maps from one pass over the windows."""
+        return fitting.fit(model, windows, ridge=self.ridge, progress=progress)
+
+    # -- the dial
+
+    def setting_range(self) -> tuple[float, float]:
+        """Any number of layers; `steps` has those there are."""
+        return (0.0, float("inf"))
+
+    def steps(self, geometry: Geometry) -> tuple[float, ...]:
+        """How many layers each depth leaves to predict."""
+        return tuple(float(geometry.num_layers - depth) for depth in self.layer_counts(geometry.num_layers))
+
+    def _share(self, geometry: Geometry, depth: int) -> float:
+        """FLOPs of one prompt token at a depth, as a fraction of the dense model's without the head."""
+        layer = geometry.attention_weights + geometry.ffn_weights
+        return (depth * layer + self._map_weights(geometry, depth)) / (geometry.num_layers * layer)
+
+    def _map_weights(self, geometry: Geometry, depth: int) -> int:
+        return (geometry.num_layers - depth) * geometry.hidden_size * geometry.kv_values
+
+    def floor(self, geometry: Geometry) -> float:
+        """A long prompt at the least depth."""
+        return min(1.0, self._share(geometry, self.layer_counts(geometry.num_layers)[-1]))
+
+    def cost(
+        self,
+        geometry: Geometry,
+        *,
+        compute: float = 1.0,
+        num_tokens: int,
+        past: int = 0,
+        num_logits: int = 1,
+        itemsize: int = 2,
+    ) -> Cost:
+        """A prompt read at the deepest auxiliary that costs at most `compute`; a single token is dense."""
+        self.check_compute(geometry, compute)
+        early = num_tokens - self.exact_tokens
+        depths = [d for d in self.layer_counts(geometry.num_layers) if self._share(geometry, d) <= compute]
+        if compute == 1.0 or early <= 0 or not depths:
+            return dense_cost(geometry, num_tokens=num_tokens, past=past, num_logits=num_logits, itemsize=itemsize)
+        first = reading.part_of(geometry, depths[0])
+        weights = self._map_weights(geometry, depths[0])
+        ahead = dense_cost(first, num_tokens=early, past=past, num_logits=0, itemsize=itemsize).charged_to("auxiliary")
+        ahead += reading.predictor_cost(geometry, depths[0], weights, early, itemsize)
+        return ahead + dense_cost(
+            geometry, num_tokens=self.exact_tokens, past=past + early, num_logits=num_logits, itemsize=itemsize
+        )
+
+    # -- running
+
+    def prefill(
+        self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache: Cache
+    ) -> torch.Tensor:
+        """The prompt through the auxiliary at the depth the dial asks for, its last tokens through the model."""
+        return reading.prefill(model, input_ids, attention_mask, cache, key=self.name, num_exact=self.exact_tokens)
+
+    # -- saving
+
+    def state(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """The maps, by depth and layer."""
+        return {
+            f"{depth}.{name}": tensor
+            for depth, held in predictor.predictors(model).items()
+            for name, tensor in held.state_dict().items()
+        }
+
+    def load_state(self, model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put learned maps back.
+
+        Raises:
+            SettingError: they belong to a model of another geometry, or to other depths.
+        """
+        places = self.state(model)
+        if wrong := sorted(set(tensors) ^ set(places)):
+            found = "missing" if wrong[0] in places else "of no depth of this method"
+            raise SettingError(f"artifact: tensor {wrong[0]} is {found}")
+        for name, place in places.items():
+            if tensors[name].shape != place.shape:
+                raise SettingError(
+                    f"artifact: tensor {name} is of shape {tuple(tensors[name].shape)}, must be {tuple(place.shape)}: "
+                    "the maps were learned for a model of another geometry"
+                )
+            place.copy_(tensors[name])
