@@ -175,6 +175,10 @@ def gated_mlp(model: Any, mlp: nn.Module) -> GatedMLP:
     return GatedMLP(mlp, is_fused)
 
 
+class Attachment(nn.Module):
+    """Base of every module that a method adds to a host beside its own: no part of the plain model."""
+
+
 @dataclass(frozen=True)
 class KeyValue:
     """One way to see how every family's attention makes the keys and values of a layer.
@@ -225,15 +229,17 @@ class KeyValue:
     def finish_keys(self, raw: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Raw keys as the cache holds them, normed and rotated: [B, T, K * d] at positions [B, T] -> [B, K, T, d]."""
         attention, family = self.attention, family_of(self.model)
-        keys = self._heads(raw)
-        if family.has_key_norm:
-            keys = attention.k_norm(keys)
-        keys = keys.transpose(1, 2)
+        keys = self.norm_keys(raw).transpose(1, 2)
         if family.has_bare_layers and not attention.use_rope:
             return keys
         kind = [attention.layer_type] if family.has_rotary_kinds else []
         cos, sin = decoder(self.model).rotary_emb(raw, position_ids, *kind)  # type: ignore[operator]
         return sys.modules[type(attention).__module__].apply_rotary_pos_emb(keys, keys, cos, sin)[1]
+
+    def norm_keys(self, raw: torch.Tensor) -> torch.Tensor:
+        """Raw keys after the family's norm over each head, still unrotated: [B, T, K * d] -> [B, T, K, d]."""
+        keys = self._heads(raw)
+        return self.attention.k_norm(keys) if family_of(self.model).has_key_norm else keys
 
     def finish_values(self, values: torch.Tensor) -> torch.Tensor:
         """Values as the cache holds them: [B, T, K * d] -> [B, K, T, d]."""
@@ -258,7 +264,10 @@ def plain_state_dict(model: Any) -> dict[str, torch.Tensor]:
     are kept once."""
     state: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
+    added = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Attachment))
     for name, value in model.state_dict().items():
+        if name.startswith(added):
+            continue
         before, mlp, after = name.partition(".mlp.")
         if mlp and not isinstance(model.get_submodule(f"{before}.mlp"), _host_mlp_type(model)):
             if not after.startswith("host."):

@@ -45,8 +45,7 @@ def recording(model: PreTrainedModel, depths: list[int]) -> Iterator[dict[Any, t
         return see
 
     try:
-        for depth in depths:
-            handles.append(families.attention_norm(layers[depth]).register_forward_hook(keep(depth)))
+        handles += [families.attention_norm(layers[one]).register_forward_hook(keep(one)) for one in depths]
         for one in families.key_values(model)[min(depths) :]:
             handles += one.watch(keep_target(one.layer))
         yield seen
@@ -114,7 +113,9 @@ class _Sums:
 
     def solve(self, ridge: float) -> float:
         """Fill the maps. Returns the unexplained share of the variance."""
-        assert self.gram is not None and self.cross is not None and self.total is not None
+        assert self.gram is not None
+        assert self.cross is not None
+        assert self.total is not None
         size = len(self.gram) - 1
         penalty = torch.zeros_like(self.gram)
         penalty.diagonal()[:size] = ridge * self.gram.diagonal()[:size].mean() + 1e-12  # the constant is not penalised
@@ -129,5 +130,4 @@ class _Sums:
             linear.weight.copy_(solution[:-1, start:stop].T)  # type: ignore[operator,union-attr]
             linear.bias.copy_(solution[-1, start:stop])  # type: ignore[operator,union-attr]
             start = stop
-        self.predictor.is_fitted = True
         return error / variance if variance else 0.0

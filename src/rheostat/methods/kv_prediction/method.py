@@ -15,7 +15,7 @@ from rheostat.cost import Cost, dense_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
 from rheostat.methods.base import Method, Progress, no_progress
-from rheostat.methods.kv_prediction import fitting, predictor, prefix, reading
+from rheostat.methods.kv_prediction import fitting, predictor, prefix, reading, training
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -36,22 +36,31 @@ class KVPrediction(Method):
     reads_prompts: ClassVar[bool] = True
 
     depths: tuple[float, ...] = (0.4, 0.5, 2 / 3, 5 / 6)
-    """Depths of the auxiliary that the dial chooses from: shares of the model's layers below 1, or numbers of layers."""
+    """Depths of the auxiliary that the dial chooses from: shares of the model's layers, or whole numbers of them."""
     exact_tokens: int = 1
     """How many of a prompt's last tokens the model itself reads, on the predicted cache; at least the last one."""
     ridge: float = 1e-3
     """Ridge of the closed-form fit, relative to the mean of the Gram matrix's diagonal."""
+    base_weight: float = 1.0
+    """Weight of the model's language-model loss on predicted keys and values, in training."""
+    consistency_weight: float = 1.0
+    """Weight of the L1 distance of predicted keys and values from the model's own, a mean over layers (the paper's
+    text; its published configurations take the sum over layers, which is this weight times their number)."""
+    z_weight: float = 1e-4
+    """Weight of the mean square of log-sum-exp of the logits."""
+    distill_weight: float = 0.0
+    """Share of the language-model loss taken from the dense model's own distribution (not in the paper)."""
 
     def __post_init__(self) -> None:
-        if not self.depths or any(
-            isinstance(d, bool) or not isinstance(d, int | float) or not 0 < d or (d >= 1 and d != int(d))
-            for d in self.depths
-        ):
+        if not self.depths or not all(_is_number(d, 0) and d > 0 and (d < 1 or d == int(d)) for d in self.depths):
             raise bad_setting("kv_prediction.depths", self.depths, "shares between 0 and 1, or whole numbers of layers")
-        if not isinstance(self.exact_tokens, int) or isinstance(self.exact_tokens, bool) or self.exact_tokens < 1:
+        if not _is_number(self.exact_tokens, 1) or not isinstance(self.exact_tokens, int):
             raise bad_setting("kv_prediction.exact_tokens", self.exact_tokens, "an integer of at least 1")
-        if not 0 <= self.ridge < float("inf"):
-            raise bad_setting("kv_prediction.ridge", self.ridge, "a number of at least 0")
+        for field in ("ridge", "base_weight", "consistency_weight", "z_weight", "distill_weight"):
+            if not _is_number(getattr(self, field), 0):
+                raise bad_setting(f"kv_prediction.{field}", getattr(self, field), "a finite number of at least 0")
+        if self.distill_weight > 1:
+            raise bad_setting("kv_prediction.distill_weight", self.distill_weight, "from 0 to 1")
 
     def layer_counts(self, num_layers: int) -> list[int]:
         """The depths on a model of `num_layers` layers, deepest first.
@@ -104,6 +113,20 @@ class KVPrediction(Method):
     ) -> dict[str, Any]:
         """All depths' maps from one pass over the windows."""
         return fitting.fit(model, windows, ridge=self.ridge, progress=progress)
+
+    def loss(
+        self,
+        model: PreTrainedModel,
+        batch: Mapping[str, torch.Tensor],
+        teacher_logits: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Language-model loss on predicted keys and values at one depth, drawn at random, and their L1 distance from
+        the model's own."""
+        return training.loss(self, model, batch)
+
+    def trainable(self, model: PreTrainedModel) -> list[str]:
+        """The maps; the model is frozen."""
+        return [name for name, _ in model.named_parameters() if f".{predictor.PLACE}." in name]
 
     # -- the dial
 
@@ -185,4 +208,9 @@ class KVPrediction(Method):
                     f"artifact: tensor {name} is of shape {tuple(tensors[name].shape)}, must be {tuple(place.shape)}: "
                     "the maps were learned for a model of another geometry"
                 )
-            place.copy_(tensors[name])
+            with torch.no_grad():
+                place.copy_(tensors[name])
+
+
+def _is_number(value: object, least: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < float("inf")

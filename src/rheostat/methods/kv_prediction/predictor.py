@@ -20,7 +20,7 @@ PLACE = "kv_predictors"
 """Name of the attribute of the decoder that holds the maps."""
 
 
-class Predictor(nn.Module):
+class Predictor(families.Attachment):
     """One depth's maps: features [B, T, X] to raw keys and values of every layer from `depth` on."""
 
     def __init__(self, depth: int, num_features: int, sizes: Sequence[int], like: torch.Tensor) -> None:
@@ -38,7 +38,6 @@ class Predictor(nn.Module):
             nn.Linear(num_features, 2 * size, dtype=like.dtype, device=like.device) for size in sizes
         )
         """Of each predicted layer: keys first, then values."""
-        self.is_fitted = False
 
     @property
     def num_weights(self) -> int:
@@ -61,9 +60,7 @@ def attach(model: PreTrainedModel, depths: Sequence[int]) -> None:
     """Put maps for these depths on the model."""
     sizes = [one.size for one in families.key_values(model)]
     like = next(model.parameters())
-    held = nn.ModuleList(
-        Predictor(depth, model.config.hidden_size, sizes[depth:], like).requires_grad_(False) for depth in depths
-    )
+    held = nn.ModuleList(Predictor(depth, model.config.hidden_size, sizes[depth:], like) for depth in depths)
     families.decoder(model).add_module(PLACE, held)
 
 

@@ -1,0 +1,91 @@
+"""Training of the maps: the model on predicted keys and values alone, in one parallel pass, as published.
+
+Every position of every predicted layer attends to predicted keys and values, its own among them; queries, and all else,
+are the model's. The model is frozen, but gradients flow through it to the maps.
+
+Shapes: B rows, T tokens, V vocabulary, K key/value heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rheostat import families
+from rheostat.losses import language_loss
+from rheostat.methods.kv_prediction.fitting import recording
+from rheostat.methods.kv_prediction.predictor import Predictor, predictors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rheostat.methods.kv_prediction.method import KVPrediction
+
+
+@contextmanager
+def predicting(model: PreTrainedModel, predictor: Predictor) -> Iterator[dict[tuple[str, int], torch.Tensor]]:
+    """Inside the block, passes without a cache attend to predicted keys and values from the depth on.
+
+    Yields:
+        Of the newest pass: ("keys", layer) and ("values", layer), predicted and raw, [B, T, K * d], in the graph.
+    """
+    made: dict[tuple[str, int], torch.Tensor] = {}
+    layers = families.layers(model)
+
+    def predict(module: Any, args: Any, features: torch.Tensor) -> None:
+        for index in range(len(predictor.sizes)):
+            keys, values = predictor(features, index)
+            made["keys", predictor.depth + index], made["values", predictor.depth + index] = keys, values
+
+    def replace(layer: int) -> Any:
+        return lambda kind, tensor: made[kind, layer]
+
+    handles: list[Any] = [families.attention_norm(layers[predictor.depth]).register_forward_hook(predict)]
+    try:
+        for one in families.key_values(model)[predictor.depth :]:
+            handles += one.watch(replace(one.layer))
+        yield made
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def loss(
+    method: KVPrediction, model: PreTrainedModel, batch: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """See `KVPrediction.loss`. The parts logged are `lm`, `distill`, `z` and `consistency`."""
+    held = list(predictors(model).values())
+    predictor = held[int(torch.randint(len(held), ()))]
+    with torch.no_grad(), recording(model, [predictor.depth]) as targets:
+        dense = model(**batch, use_cache=False).logits
+    with predicting(model, predictor) as made:
+        logits = model(**batch, use_cache=False).logits
+    teacher = dense if method.distill_weight else None
+    lm, parts = language_loss(logits, batch, teacher, method.distill_weight)
+    keep = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    z = method.z_weight * logits[keep].float().logsumexp(-1).square().mean()
+    distance = consistency(model, predictor, made, targets, keep)
+    total = method.base_weight * (lm + z) + method.consistency_weight * distance
+    return total, parts | {"z": float(z.detach()), "consistency": float(distance.detach())}
+
+
+def consistency(
+    model: PreTrainedModel,
+    predictor: Predictor,
+    made: Mapping[tuple[str, int], torch.Tensor],
+    targets: Mapping[Any, torch.Tensor],
+    keep: torch.Tensor,
+) -> torch.Tensor:
+    """Mean over predicted layers of mean |keys - own keys| + mean |values - own values|.
+
+    Keys are compared after the key norm and before rotation; positions outside `keep` [B, T] do not count.
+    """
+    total = torch.zeros((), device=keep.device)
+    for one in families.key_values(model)[predictor.depth :]:
+        keys = one.norm_keys(made["keys", one.layer]) - one.norm_keys(targets["keys", one.layer])
+        values = made["values", one.layer] - targets["values", one.layer]
+        total = total + keys[keep].abs().mean() + values[keep].abs().mean()
+    return total / len(predictor.sizes)
