@@ -8,15 +8,17 @@ Shapes: W windows, T tokens, X features (a constant one added), K key/value head
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from rheostat import families
 from rheostat.methods.base import Progress
 from rheostat.methods.kv_prediction.predictor import Predictor, predictors
+from rheostat.methods.kv_prediction.prefix import keeping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,29 +27,21 @@ BATCH_TOKENS = 2048
 
 
 @contextmanager
-def recording(model: PreTrainedModel, depths: list[int]) -> Iterator[dict[Any, torch.Tensor]]:
-    """Keep of the newest pass: under `depth`, the normalised residual stream that enters that layer [B, T, D]; under
-    ("keys", layer) and ("values", layer), what the layer made of its own [B, T, K * d]."""
-    seen: dict[Any, torch.Tensor] = {}
-    layers = families.layers(model)
-    handles: list[Any] = []
+def recording(model: PreTrainedModel, first: int) -> Iterator[dict[tuple[str, int], torch.Tensor]]:
+    """Keep of the newest pass, under ("keys", layer) and ("values", layer), what each layer from `first` on made of its
+    own, raw, [B, T, K * d]."""
+    seen: dict[tuple[str, int], torch.Tensor] = {}
 
-    def keep(place: Any) -> Any:
-        def hook(module: Any, args: Any, output: torch.Tensor) -> None:
-            seen[place] = output
-
-        return hook
-
-    def keep_target(layer: int) -> Any:
+    def keep(layer: int) -> Any:
         def see(kind: str, tensor: torch.Tensor) -> None:
             seen[kind, layer] = tensor
 
         return see
 
+    handles: list[Any] = []
     try:
-        handles += [families.attention_norm(layers[one]).register_forward_hook(keep(one)) for one in depths]
-        for one in families.key_values(model)[min(depths) :]:
-            handles += one.watch(keep_target(one.layer))
+        for one in families.key_values(model)[first:]:
+            handles += one.watch(keep(one.layer))
         yield seen
     finally:
         for handle in handles:
@@ -65,14 +59,14 @@ def fit(model: PreTrainedModel, windows: torch.Tensor, *, ridge: float, progress
         By depth, the share of the targets' variance that the maps leave unexplained on the same text.
     """
     held = predictors(model)
-    sums = {depth: _Sums(predictor) for depth, predictor in held.items()}
+    sums = {depth: _Sums(one, len(one.inputs) * model.config.hidden_size) for depth, one in held.items()}
     step = max(1, BATCH_TOKENS // windows.shape[1])
-    with recording(model, list(held)) as seen:
+    with recording(model, min(held)) as seen, keeping() as kept:
         for start in range(0, len(windows), step):
             progress("watching the dense model", start, len(windows))
             families.decoder(model)(input_ids=windows[start : start + step].to(model.device), use_cache=False)
             for one in sums.values():
-                one.add(seen)
+                one.add(kept, seen)
     progress("watching the dense model", len(windows), len(windows))
     left = {}
     for done, (depth, one) in enumerate(sums.items()):
@@ -83,51 +77,76 @@ def fit(model: PreTrainedModel, windows: torch.Tensor, *, ridge: float, progress
 
 
 class _Sums:
-    """What one depth's regression needs of the text: X'X, X'Y and Y'Y's diagonal, in float32 per batch and float64 in
-    all."""
+    """What one depth's regression needs of the text: X'X, X'Y, sums of Y and of the first tokens' Y, in float64."""
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Predictor, num_inputs: int) -> None:
         self.predictor = predictor
-        self.gram: torch.Tensor | None = None
-        self.cross: torch.Tensor | None = None
-        self.square = 0.0
-        self.total: torch.Tensor | None = None
-        self.count = 0
+        num_targets = 2 * sum(predictor.sizes)
+        num_features = 1 + num_inputs
+        device = predictor.firsts[0].device
+        self.gram = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(num_features, num_targets, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(num_targets, dtype=torch.float64, device=device)
+        self.firsts = torch.zeros(num_targets, dtype=torch.float64, device=device)
+        self.num_windows = 0
 
-    def add(self, seen: dict[Any, torch.Tensor]) -> None:
-        """One batch, first positions left out: they are handled apart."""
-        depth = self.predictor.depth
-        x = seen[depth][:, 1:].flatten(0, 1).float()
-        x = torch.cat([x, x.new_ones(len(x), 1)], 1)  # [N, X]
-        layers = range(depth, depth + len(self.predictor.sizes))
-        y = torch.cat(
-            [seen[kind, one][:, 1:].flatten(0, 1).float() for one in layers for kind in ("keys", "values")], 1
-        )
-        gram, cross = x.T @ x, x.T @ y
-        self.gram = gram.double() if self.gram is None else self.gram + gram
-        self.cross = cross.double() if self.cross is None else self.cross + cross
-        self.square += float(y.double().square().sum())
-        total = y.sum(0).double()
-        self.total = total if self.total is None else self.total + total
-        self.count += len(x)
+    def add(self, kept: Mapping[int, torch.Tensor], seen: Mapping[tuple[str, int], torch.Tensor]) -> None:
+        """One batch. First tokens, which the maps do not predict, are kept apart."""
+        one = self.predictor
+        layers = range(one.depth, one.depth + len(one.sizes))
+        x = one.features(kept)[:, 1:].flatten(0, 1).float()
+        x = torch.cat([x.new_ones(len(x), 1), x], 1)  # [N, X]
+        targets = torch.cat([seen[kind, layer].float() for layer in layers for kind in ("keys", "values")], -1)
+        y = targets[:, 1:].flatten(0, 1)  # [N, sum of 2 K d]
+        self.gram += x.T @ x
+        self.cross += x.T @ y
+        self.squares += y.square().sum(0)
+        self.firsts += targets[:, 0].sum(0)
+        self.num_windows += len(targets)
 
     def solve(self, ridge: float) -> float:
-        """Fill the maps. Returns the unexplained share of the variance."""
-        assert self.gram is not None
-        assert self.cross is not None
-        assert self.total is not None
-        size = len(self.gram) - 1
-        penalty = torch.zeros_like(self.gram)
-        penalty.diagonal()[:size] = ridge * self.gram.diagonal()[:size].mean() + 1e-12  # the constant is not penalised
-        solution = torch.linalg.solve(self.gram + penalty, self.cross)  # [X, sum of 2 K d]
-        error = (
-            self.square - 2 * float((solution * self.cross).sum()) + float((solution * (self.gram @ solution)).sum())
-        )
-        variance = self.square - float(self.total.square().sum()) / self.count
+        """Fill the maps. Returns the unexplained share of the targets' variance, each target counted alike."""
+        one = self.predictor
+        count, mean = self.gram[0, 0], self.cross[0] / self.gram[0, 0]
+        center = self.gram[0, 1:] / count  # [X]
+        gram = self.gram[1:, 1:] - count * center[:, None] * center
+        cross = self.cross[1:] - count * center[:, None] * mean
+        variance = (self.squares / count - mean.square()).clamp(min=1e-12)
+        penalty = ridge * gram.diagonal().mean() + 1e-12
+        weight = torch.linalg.solve(gram + penalty * torch.eye(len(gram), device=gram.device, dtype=gram.dtype), cross)
+        if isinstance(one.squeeze, nn.Linear):
+            squeeze, weight = _reduce(weight, gram, variance.sqrt(), one.squeeze.out_features)
+            one.squeeze.weight.copy_(squeeze.T)
+            full = squeeze @ weight
+        else:
+            full = weight
+        bias = mean - center @ full
         start = 0
-        for linear in self.predictor.maps:
-            stop = start + linear.out_features  # type: ignore[operator]
-            linear.weight.copy_(solution[:-1, start:stop].T)  # type: ignore[operator,union-attr]
-            linear.bias.copy_(solution[-1, start:stop])  # type: ignore[operator,union-attr]
+        for linear, first in zip(one.maps, one.firsts, strict=True):
+            stop = start + len(first)
+            linear.weight.copy_(weight[:, start:stop].T)  # type: ignore[operator,union-attr]
+            linear.bias.copy_(bias[start:stop])  # type: ignore[operator,union-attr]
+            first.copy_(self.firsts[start:stop] / self.num_windows)
             start = stop
-        return error / variance if variance else 0.0
+        error = variance * count - 2 * (full * cross).sum(0) + (full * (gram @ full)).sum(0)
+        return float((error / count / variance).mean())
+
+
+def _reduce(
+    weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best maps of one rank: those of the free solution, projected on the directions in which its predictions vary
+    most (reduced-rank regression), each target measured by its own spread.
+
+    Args:
+        weight: [X, Y] of the free solution.
+        gram: [X, X], of centred features.
+        scale: [Y], spread of each target.
+
+    Returns:
+        [X, R] and [R, Y], whose product is the map.
+    """
+    scaled = weight / scale
+    _, directions = torch.linalg.eigh(scaled.T @ gram @ scaled)
+    kept = directions[:, -rank:]  # [Y, R], eigenvalues rise
+    return scaled @ kept, kept.T * scale

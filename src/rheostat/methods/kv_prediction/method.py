@@ -39,6 +39,10 @@ class KVPrediction(Method):
     """Depths of the auxiliary that the dial chooses from: shares of the model's layers, or whole numbers of them."""
     exact_tokens: int = 1
     """How many of a prompt's last tokens the model itself reads, on the predicted cache; at least the last one."""
+    inputs: tuple[float, ...] = (0.0, 1 / 3, 2 / 3)
+    """Layers whose input the maps read beside that of the depth itself, as shares of the depth."""
+    rank: float = 1.0
+    """Rank of all of a depth's maps together, relative to the model's width; 0 leaves them free."""
     ridge: float = 1e-3
     """Ridge of the closed-form fit, relative to the mean of the Gram matrix's diagonal."""
     base_weight: float = 1.0
@@ -56,7 +60,9 @@ class KVPrediction(Method):
             raise bad_setting("kv_prediction.depths", self.depths, "shares between 0 and 1, or whole numbers of layers")
         if not _is_number(self.exact_tokens, 1) or not isinstance(self.exact_tokens, int):
             raise bad_setting("kv_prediction.exact_tokens", self.exact_tokens, "an integer of at least 1")
-        for field in ("ridge", "base_weight", "consistency_weight", "z_weight", "distill_weight"):
+        if not isinstance(self.inputs, tuple) or not all(_is_number(one, 0) and one < 1 for one in self.inputs):
+            raise bad_setting("kv_prediction.inputs", self.inputs, "shares of the depth, from 0 to below 1")
+        for field in ("rank", "ridge", "base_weight", "consistency_weight", "z_weight", "distill_weight"):
             if not _is_number(getattr(self, field), 0):
                 raise bad_setting(f"kv_prediction.{field}", getattr(self, field), "a finite number of at least 0")
         if self.distill_weight > 1:
@@ -75,6 +81,13 @@ class KVPrediction(Method):
             counts.add(int(depth) if depth >= 1 else min(num_layers - 1, max(1, round(depth * num_layers))))
         return sorted(counts, reverse=True)
 
+    def read_layers(self, depth: int) -> list[int]:
+        """The layers whose input the maps of a depth read, the depth itself last."""
+        return sorted({int(share * depth) for share in self.inputs} | {depth})
+
+    def _rank(self, width: int) -> int:
+        return round(self.rank * width)
+
     # -- attach and detach
 
     def check(self, model: PreTrainedModel) -> None:
@@ -91,8 +104,9 @@ class KVPrediction(Method):
         """Put the maps on the decoder, and hooks on the layers that the auxiliary may stop at."""
         self.check(model)
         depths = self.layer_counts(len(families.layers(model)))
-        predictor.attach(model, depths)
-        _handles[model] = prefix.watch_for_stop(model, depths)
+        inputs = {depth: self.read_layers(depth) for depth in depths}
+        predictor.attach(model, inputs, self._rank(model.config.hidden_size))
+        _handles[model] = prefix.set_hooks(model, depths, {layer for read in inputs.values() for layer in read})
 
     def detach(self, model: PreTrainedModel) -> None:
         """Take both off; the model's own weights were never touched."""
@@ -144,7 +158,10 @@ class KVPrediction(Method):
         return (depth * layer + self._map_weights(geometry, depth)) / (geometry.num_layers * layer)
 
     def _map_weights(self, geometry: Geometry, depth: int) -> int:
-        return (geometry.num_layers - depth) * geometry.hidden_size * geometry.kv_values
+        num_features = len(self.read_layers(depth)) * geometry.hidden_size
+        outputs = (geometry.num_layers - depth) * geometry.kv_values
+        rank = self._rank(geometry.hidden_size)
+        return rank * (num_features + outputs) if 0 < rank < num_features else num_features * outputs
 
     def floor(self, geometry: Geometry) -> float:
         """A long prompt at the least depth."""

@@ -119,10 +119,9 @@ def read_ahead(
     position_ids = positions(attention_mask)[:, -num_tokens:]
     spending = current_spending()
     with spending.meter.charging("auxiliary") if spending is not None else nullcontext():
-        hidden = run_prefix(model, input_ids, attention_mask, position_ids, cache, predictor.depth)
-        features = families.attention_norm(families.layers(model)[predictor.depth])(hidden)
+        mixed = predictor.mix(run_prefix(model, input_ids, attention_mask, position_ids, cache, predictor.depth))
         for index, layer in enumerate(families.key_values(model)[predictor.depth :]):
-            keys, values = predictor(features, index)
+            keys, values = predictor(mixed, position_ids == 0, index)
             cache.update(layer.finish_keys(keys, position_ids), layer.finish_values(values), layer.layer)
         if spending is not None:
             spending.meter.bill(_spent(model, attention_mask, num_tokens, predictor))

@@ -18,6 +18,7 @@ from rheostat import families
 from rheostat.losses import language_loss
 from rheostat.methods.kv_prediction.fitting import recording
 from rheostat.methods.kv_prediction.predictor import Predictor, predictors
+from rheostat.methods.kv_prediction.prefix import keeping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,18 +27,21 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def predicting(model: PreTrainedModel, predictor: Predictor) -> Iterator[dict[tuple[str, int], torch.Tensor]]:
+def predicting(
+    model: PreTrainedModel, predictor: Predictor, is_first: torch.Tensor
+) -> Iterator[dict[tuple[str, int], torch.Tensor]]:
     """Inside the block, passes without a cache attend to predicted keys and values from the depth on.
 
     Yields:
-        Of the newest pass: ("keys", layer) and ("values", layer), predicted and raw, [B, T, K * d], in the graph.
+        Of the newest pass, each [B, T, K * d], predicted, raw and in the graph: ("keys", layer) and ("values", layer).
     """
     made: dict[tuple[str, int], torch.Tensor] = {}
     layers = families.layers(model)
 
     def predict(module: Any, args: Any, features: torch.Tensor) -> None:
+        mixed = predictor.mix(kept)
         for index in range(len(predictor.sizes)):
-            keys, values = predictor(features, index)
+            keys, values = predictor(mixed, is_first, index)
             made["keys", predictor.depth + index], made["values", predictor.depth + index] = keys, values
 
     def replace(layer: int) -> Any:
@@ -47,7 +51,8 @@ def predicting(model: PreTrainedModel, predictor: Predictor) -> Iterator[dict[tu
     try:
         for one in families.key_values(model)[predictor.depth :]:
             handles += one.watch(replace(one.layer))
-        yield made
+        with keeping() as kept:
+            yield made
     finally:
         for handle in handles:
             handle.remove()
@@ -59,13 +64,14 @@ def loss(
     """See `KVPrediction.loss`. The parts logged are `lm`, `distill`, `z` and `consistency`."""
     held = list(predictors(model).values())
     predictor = held[int(torch.randint(len(held), ()))]
-    with torch.no_grad(), recording(model, [predictor.depth]) as targets:
+    keep = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    is_first = keep.long().cumsum(1) <= 1  # and the padding before it, which nobody sees
+    with torch.no_grad(), recording(model, predictor.depth) as targets:
         dense = model(**batch, use_cache=False).logits
-    with predicting(model, predictor) as made:
+    with predicting(model, predictor, is_first) as made:
         logits = model(**batch, use_cache=False).logits
     teacher = dense if method.distill_weight else None
     lm, parts = language_loss(logits, batch, teacher, method.distill_weight)
-    keep = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     z = method.z_weight * logits[keep].float().logsumexp(-1).square().mean()
     distance = consistency(model, predictor, made, targets, keep)
     total = method.base_weight * (lm + z) + method.consistency_weight * distance
