@@ -147,6 +147,11 @@ def _reduce(
         [X, R] and [R, Y], whose product is the map.
     """
     scaled = weight / scale
-    _, directions = torch.linalg.eigh(scaled.T @ gram @ scaled)
-    kept = directions[:, -rank:]  # [Y, R], eigenvalues rise
-    return scaled @ kept, kept.T * scale
+    # Predictions are P = root' scaled, up to a rotation; their main directions come from P P', which is [X, X]: there
+    # are several times as many targets as features.
+    values, vectors = torch.linalg.eigh(gram)
+    root = vectors * values.clamp(min=0).sqrt()
+    predicted = root.T @ scaled  # [X, Y]
+    squares, left = torch.linalg.eigh(predicted @ predicted.T)
+    directions = predicted.T @ left[:, -rank:] / squares[-rank:].clamp(min=1e-30).sqrt()  # [Y, R], eigenvalues rise
+    return scaled @ directions, directions.T * scale
