@@ -28,9 +28,15 @@ DEMO_MODEL := smollm2-135m
 DEMO_PROMPT := "The three most important things about a good night's sleep are"
 DEMO_COMPUTE := 1.0,0.8,0.7
 
+# `make figures` settings: the table in the README. DATA is a folder with the files that docs/evaluation.md lists.
+DATA ?= data
+ROWS ?= 150
+FIGURES := figures
+CHOICES := hellaswag,arc_easy,arc_challenge,boolq,winogrande,openbookqa
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check lint fast docs clean
+.PHONY: help setup demo figures test check lint fast docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +47,13 @@ demo: $(VENV)/.run  ## Adapt the bundled model, measure it (demo/report/pareto.p
 	$(BIN)/rheostat adapt $(DEMO_MODEL) --config recipes/demo.yaml --out demo --overwrite
 	$(BIN)/rheostat eval demo --compute 0.9,0.8,0.7 --windows 6 --out demo/report
 	$(BIN)/rheostat generate demo $(DEMO_PROMPT) --compute $(DEMO_COMPUTE)
+
+figures: $(VENV)/.dev  ## Make the README's table anew: quality, tasks and times (make figures DATA=folder; over an hour)
+	test -d $(FIGURES) || $(BIN)/rheostat adapt $(DEMO_MODEL) --config recipes/closed.yaml --out $(FIGURES)
+	$(BIN)/rheostat eval $(FIGURES) --compute 0.9,0.8,0.7 --windows 12 \
+	    --data $(DATA)/text/novels_valid.jsonl.gz,$(DATA)/text/wikitext2_raw_test.txt.gz \
+	    --tasks $(CHOICES) --task-data $(DATA) --limit $(ROWS) --task-baselines --out $(FIGURES)/report
+	$(BIN)/rheostat bench $(FIGURES) --compute 1.0,0.9,0.8,0.7 --prompts 512 --new 64 --out $(FIGURES)/report
 
 test: $(VENV)/.dev  ## Run all tests but those that need the internet (tests for a GPU skip themselves without one)
 	$(BIN)/pytest -n $(JOBS) -m "$(FAST)" $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS leaves no test of this kind
@@ -60,7 +73,7 @@ docs: $(VENV)/.dev  ## Build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## Remove .venv, the demo and all build and cache folders
-	rm -rf $(VENV) demo site build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo $(FIGURES) site build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps. PyTorch goes first, on its own: asked for by name and version, pip takes the build that TORCH says;

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rheostat import processes
+from rheostat.processes import Ranks
 
 
 def launch(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -28,6 +29,28 @@ def test_alone_there_is_nobody_to_wait_for():
     assert parameter.grad is None
     with processes.main_first():
         processes.wait()
+
+
+def test_shares_cover_everything_once():
+    items = list(range(11))
+    shares = [Ranks(index, 3).share(items) for index in range(3)]
+    assert sorted(one for share in shares for one in share) == items
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert Ranks().share(items) == items
+
+
+def test_alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    ranks = processes.join()
+    assert ranks == Ranks(0, 1)
+    assert ranks.gather({"x": 1}) == [{"x": 1}]
+    assert ranks.device("cuda") == "cuda"
+    ranks.close()
+
+
+def test_each_process_has_its_own_gpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [Ranks(7, 8).device(name) for name in ("cuda", "cpu", "cuda:1")] == ["cuda:3", "cpu", "cuda:1"]
 
 
 AVERAGE = """

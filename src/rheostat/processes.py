@@ -6,16 +6,51 @@ Ranks, process groups and barriers are accelerate's and PyTorch's; here is only 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
+
 LONG = timedelta(days=7)
-"""How long the others wait for the main process: fits take minutes to hours, and a dead process is noticed anyway."""
+"""How long processes wait for each other: fits and evaluations take minutes to hours, and a dead process is noticed
+anyway."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many processes this one is; by default it is alone."""
+
+    index: int = 0
+    count: int = 1
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """What of `items` is this process's to do: all processes see the same list."""
+        return items[self.index :: self.count]
+
+    def gather(self, mine: T) -> list[T]:
+        """What each process has, in order of rank, on all of them."""
+        if self.count == 1:
+            return [mine]
+        from accelerate.utils import gather_object
+
+        return gather_object([mine])
+
+    def device(self, name: str) -> str:
+        """`name`, or where it means "the GPU", the one of this process."""
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" and self.count > 1 else name
+
+    def close(self) -> None:
+        """Leave the group, at the end of the program."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().destroy_process_group()
 
 
 def count() -> int:
@@ -33,12 +68,19 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def join(*, cpu: bool) -> None:
-    """Meet the other processes. To be called before anything else does: the first call sets the patience."""
-    if count() > 1:
-        from accelerate import PartialState
+def join(*, cpu: bool | None = None) -> Ranks:
+    """Meet the other processes. To be called before anything else does: the first call sets the patience.
 
-        PartialState(cpu=cpu, timeout=LONG)
+    Args:
+        cpu: meet on the CPU; left out, what `accelerate launch` was told decides.
+    """
+    if count() == 1:
+        return Ranks()
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") if cpu is None else cpu, timeout=LONG)
+    return Ranks(state.process_index, state.num_processes)
 
 
 def wait() -> None:

@@ -57,6 +57,23 @@ def test_tables_and_figures(rheostat, dial_folder: Path, tiny_text: Path, tmp_pa
     assert "prompt 16, batch 2: done" in done.err
 
 
+def test_times_join_the_report_of_the_same_model(rheostat, dial_folder, tiny_text, tmp_path, monkeypatch):
+    measured = ("eval", dial_folder, "--compute", "0.9", "--data", tiny_text, "--windows", 2, "--length", 64)
+    assert rheostat(*measured, "--out", tmp_path).status == 0
+    quick = ("bench", dial_folder, "--compute", "0.9", "--prompts", 16, "--new", 2, "--rounds", 1, "--data", tiny_text)
+    done = rheostat(*quick, "--no-memory", "--no-llama", "--out", tmp_path)
+    assert done.status == 0, done.err
+    assert "the times are now part of the report" in done.out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["compute"] for row in report["bench"] if row["side"] == "dial"] == [0.9]
+    assert report["texts"]
+    assert report["bench_provenance"]["command"].startswith("rheostat bench ")
+    assert "first token, ms" in (tmp_path / "report.md").read_text()
+    again = rheostat(*measured, "--out", tmp_path)  # a new evaluation keeps them
+    assert again.status == 0
+    assert json.loads((tmp_path / "report.json").read_text())["bench"] == report["bench"]
+
+
 @pytest.mark.slow
 def test_memory_of_each_side_and_a_dense_model(rheostat, tiny_model_folder: Path):
     small = ("--prompts", "16", "--batch", "1", "--new", "2", "--rounds", "1", "--stock", "fp32", "--compute", "1.0")

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -113,6 +117,31 @@ def test_limits_and_lengths(adapted, tiny_tokenizer, data_folder):
     assert first(batch_tokens=1).metrics == first(batch_tokens=4000).metrics
 
 
+def test_baselines_spend_what_the_dial_spends(adapted, tiny_tokenizer, data_folder):
+    low = adapted.dial.low
+    options = {"folder": data_folder, "baselines": True}
+    dense, dial, static, random = evaluate_tasks(adapted, tiny_tokenizer, ["arc_easy"], [low], **options)
+    assert [run.kind for run in (dense, dial, static, random)] == ["dense", "dial", "static", "random"]
+    assert {run.asked for run in (dial, static, random)} == {low}
+    assert static.ffn_fraction == pytest.approx(dial.ffn_fraction, abs=0.13)  # rounded up to whole slices
+    assert random.ffn_fraction == pytest.approx(dial.ffn_fraction, abs=0.13)
+    assert static.compute < 1
+    assert len({run.flops for run in (dial, static, random)}) == 3
+    assert all(run.is_choice for run in (dense, dial, static, random))
+    assert not any(run.is_choice for run in evaluate_tasks(adapted, tiny_tokenizer, ["wikitext"], folder=data_folder))
+
+
+def test_questions_in_the_chat_template(adapted, tiny_tokenizer, data_folder, monkeypatch):
+    options = {"folder": data_folder, "chat_template": True}
+    with pytest.raises(SettingError, match="chat_template=True: must be left out: this tokenizer has none"):
+        evaluate_tasks(adapted, tiny_tokenizer, ["arc_easy"], **options)
+    plain = evaluate_tasks(adapted, tiny_tokenizer, ["arc_easy"], folder=data_folder)[0]
+    template = "{% for m in messages %}<{{m['role']}}>{{m['content']}}{% endfor %}<answer>"
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
+    asked = evaluate_tasks(adapted, tiny_tokenizer, ["arc_easy"], **options)[0]
+    assert asked.flops > plain.flops  # the template's own tokens were read too
+
+
 def test_nothing_of_lm_eval_stays_changed(adapted, tiny_tokenizer, data_folder, capfd):
     from lm_eval.api import task as seam
 
@@ -158,3 +187,41 @@ def test_bad_settings(adapted, tiny_tokenizer, data_folder, options, message):
     settings = {"tokenizer": tiny_tokenizer, "tasks": ["boolq"], "computes": [1.0], "folder": data_folder} | options
     with pytest.raises(SettingError, match=message):
         evaluate_tasks(adapted, **settings)
+
+
+SHARED = ("hellaswag", "lambada_openai", "wikitext", "boolq")
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one(tiny_model_folder: Path, data_folder: Path, tmp_path: Path):
+    def report(name: str, *launcher: str) -> list[dict]:
+        out = tmp_path / name
+        command = [
+            "eval",
+            str(tiny_model_folder),
+            "--tasks=" + ",".join(SHARED),
+            "--task-data",
+            str(data_folder),
+            "--batch-tokens",
+            "200",
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", *launcher, "rheostat", *command, "--out", str(out)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("written:") == 1  # one process speaks for both
+        tasks = json.loads((out / "report.json").read_text())["tasks"]
+        for row in tasks:
+            assert row.pop("seconds") > 0
+        return tasks
+
+    launch = ("accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no")
+    both = report("both", *launch, "--dynamo_backend=no", "-m")
+    alone = report("alone")
+    assert both == alone
+    assert {task["task"]: task["rows"] for task in both} == dict(zip(SHARED, [8, 6, 2, 4], strict=True))

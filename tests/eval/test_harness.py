@@ -14,8 +14,8 @@ import rheostat
 from rheostat.adapted import Adapted
 from rheostat.errors import SettingError
 from rheostat.eval.harness import make_lm
-from rheostat.eval.ranks import Ranks
 from rheostat.eval.tasks import TASKS
+from rheostat.processes import Ranks
 from tests.conftest import byte_tokenizer
 from tests.eval.conftest import HELLASWAG
 from tests.eval.test_scoring import Hasty

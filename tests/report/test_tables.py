@@ -44,7 +44,7 @@ def test_times_with_quartiles():
 def test_tasks():
     table = tables.tasks(sample())
     assert table is not None
-    assert table.rows[1] == ("quiz", "accuracy", "choice", "0.8", "0.400 ± 0.020", "-0.100 ± 0.010", "500")
+    assert table.rows[1] == ("quiz", "accuracy", "choice", "dial", "0.8", "0.400 ± 0.020", "-0.100 ± 0.010", "500")
     assert tables.tasks(old_sample()) is None
 
 

@@ -85,7 +85,7 @@ def _check(config: Config) -> None:
         if value < least:
             raise bad_setting(name, value, f"{least} or more")
     if config.out is not None:
-        check_output(config.out, overwrite=True)
+        check_output(config.out, overwrite=True, is_replaced=False)
 
 
 # -- the machine alone
@@ -265,3 +265,20 @@ def _write(config: Config, figures: dict[str, Any]) -> None:
     path = Path(config.out) / "bench.json"
     write_whole(path, (to_json(figures, indent=2) + "\n").encode())
     console().print(f"\nwritten: {path}", soft_wrap=True)
+    if figures.get("rows") and _add_to_report(path.parent, figures):
+        console().print(f"the times are now part of the report in {path.parent}", soft_wrap=True)
+
+
+def _add_to_report(folder: Path, figures: dict[str, Any]) -> bool:
+    """Put the times into the report that `rheostat eval --out` left in this folder, if it is about the same model."""
+    from rheostat.report.schema import FILE, read
+    from rheostat.report.times import times
+    from rheostat.report.writing import model_key, write
+
+    if not (folder / FILE).is_file():
+        return False
+    report = read(folder / FILE)
+    if model_key(report) is None or model_key(report) != model_key(figures):
+        return False
+    write(folder, report | {"bench": times(figures), "bench_provenance": figures["provenance"]})
+    return True

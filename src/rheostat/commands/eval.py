@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 from rheostat.commands import Loaded, check_computes, check_context, is_artifact, load
 from rheostat.config import Common, setting
 from rheostat.errors import bad_setting
-from rheostat.eval.ranks import Ranks, join
 from rheostat.eval.tables import task_notes, task_table, text_table
 from rheostat.folders import check_output
+from rheostat.processes import Ranks, join
 from rheostat.terminal import ProgressDisplay, console
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class Config(Common):
     task_data: str | None = setting(None, help="the data folder whose files our tasks read")
     limit: int | None = setting(None, help="the first rows of each task only (default: all)")
     batch_tokens: int = setting(2048, help="tokens that a task's prompts may have together in one batch")
+    chat_template: bool = setting(False, help="ask in the model's chat template")
+    task_baselines: bool = setting(False, help="score the baselines on tasks too (about three times the work)")
     run_code: bool = setting(False, help="allow tasks that run programs which the model writes")
     passage: int = setting(96, help="tokens of each text that the report quotes with their price (0: no text in it)")
     out: str | None = setting(None, help="folder for the report: report.json, .md, .html, pictures (default: none)")
@@ -151,8 +153,8 @@ def _check_tasks(config: Config) -> None:
         raise bad_setting("batch_tokens", config.batch_tokens, "1 or more")
     if config.tasks:
         return
-    for one in ("task_data", "limit"):
-        if (value := getattr(config, one)) is not None:
+    for one in ("task_data", "limit", "chat_template", "task_baselines"):
+        if (value := getattr(config, one)) not in (None, False):
             raise bad_setting(one, value, "left out where no --tasks are asked for")
 
 
@@ -172,6 +174,8 @@ def _measure_tasks(
         seed=config.seed,
         batch_tokens=config.batch_tokens,
         run_code=config.run_code,
+        baselines=config.task_baselines,
+        chat_template=config.chat_template,
         ranks=ranks,
         progress=_silent if ranks.index else progress,
     )

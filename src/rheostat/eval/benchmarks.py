@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from rheostat.adapted import Adapted
 from rheostat.errors import SettingError, bad_setting
-from rheostat.eval.harness import BATCH_TOKENS, Account, DialLM, make_lm
+from rheostat.eval.harness import BATCH_TOKENS, Account, DialLM, Override, make_lm
 from rheostat.eval.paired import difference_error, score_error
-from rheostat.eval.ranks import Ranks
 from rheostat.eval.tasks.find import find_tasks
 from rheostat.eval.tasks.local import require_lm_eval
 from rheostat.methods.base import Progress, no_progress
+from rheostat.processes import Ranks
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -47,6 +47,8 @@ class TaskRun:
     """One task at one setting of the dial."""
 
     task: str
+    kind: str
+    """`dense`, `dial`, or the name of a baseline at the same mean compute as the dial."""
     asked: float
     """`compute` asked for."""
     compute: float
@@ -69,15 +71,18 @@ class TaskRun:
     """Answers that the limit of tokens ended."""
     seconds: float
     metrics: Mapping[str, Metric]
+    is_choice: bool
+    """Whether one of several answers is chosen."""
 
     def to_rows(self) -> list[dict[str, Any]]:
         """One row for each metric, as a report holds them."""
         shared = {
             "task": self.task,
-            "kind": "dense" if self.asked == 1 else "dial",
+            "kind": self.kind,
             "compute": self.asked,
             "spent": self.compute,
             "rows": self.num_rows,
+            "is_choice": self.is_choice,
         }
         own = ("mode", "compute_with_context", "ffn_fraction", "flops", "num_requests", "num_truncated", "num_unended")
         shared |= {name: getattr(self, name) for name in (*own, "seconds")}
@@ -107,6 +112,8 @@ def evaluate_tasks(
     batch_tokens: int = BATCH_TOKENS,
     max_length: int | None = None,
     run_code: bool = False,
+    baselines: bool = False,
+    chat_template: bool = False,
     ranks: Ranks | None = None,
     progress: Progress = no_progress,
 ) -> list[TaskRun]:
@@ -120,13 +127,19 @@ def evaluate_tasks(
         batch_tokens: padded tokens read together.
         max_length: tokens of context and answer together; left out, what the model reads.
         run_code: allow tasks that run programs which the model wrote.
-        ranks: the processes of `accelerate launch` (`rheostat.eval.ranks.join()`); each gets all results.
+        baselines: also score what the method has to beat (`Method.baselines`), at the mean compute that each setting
+            of the dial really spent on the same requests.
+        chat_template: put each request into the tokenizer's chat template.
+        ranks: the processes of `accelerate launch` (`rheostat.processes.join()`); each gets all results.
 
     Raises:
         SettingError: a task, a file or a setting cannot be used.
     """
     if limit is not None and limit < 1:
         raise bad_setting("limit", limit, "at least 1 row")
+    if chat_template and not getattr(tokenizer, "chat_template", None):
+        raise bad_setting("chat_template", True, "left out: this tokenizer has none")
+    asking = _Asking(limit, seed, chat_template)
     for compute in computes:
         adapted.dial.native(compute)
     with _hushed():
@@ -145,10 +158,25 @@ def evaluate_tasks(
             dense: _Answers | None = None
             for compute in dict.fromkeys((1.0, *computes)):
                 lm.progress = functools.partial(progress, f"{name} at {compute:g}")
-                answers = _ask(lm, name, task, compute, limit, seed)
+                answers = _ask(lm, name, task, compute, asking)
                 dense = dense or answers
-                runs.append(_run(name, task, answers, dense))
+                runs.append(_run("dense" if compute == 1 else "dial", name, task, answers, dense))
+                if not baselines or compute == 1:
+                    continue
+                counts = answers.account.meter.expert_counts
+                for kind, override in adapted.method.baselines(adapted.model, counts, seed).items():
+                    lm.progress = functools.partial(progress, f"{name} at {compute:g}, {kind}")
+                    runs.append(_run(kind, name, task, _ask(lm, name, task, compute, asking, override), dense))
     return runs
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """How all runs of all tasks are asked."""
+
+    limit: int | None
+    seed: int
+    chat_template: bool
 
 
 @dataclass(frozen=True)
@@ -170,17 +198,25 @@ def _check_code(tasks: Mapping[str, Task], run_code: bool) -> None:
             raise SettingError(f"tasks={name!r}: runs programs that the model writes; allow that with --run-code")
 
 
-def _ask(lm: DialLM, name: str, task: Task, compute: float, limit: int | None, seed: int) -> _Answers:
+def _ask(
+    lm: DialLM, name: str, task: Task, compute: float, asking: _Asking, override: Override | None = None
+) -> _Answers:
     from lm_eval.evaluator import evaluate
 
     if task.config.num_fewshot is None:
         task.set_config("num_fewshot", 0)
-    task.set_fewshot_seed(seed)  # each run draws the same examples
+    task.set_fewshot_seed(asking.seed)  # each run draws the same examples
     started = time.perf_counter()
-    lm.open(compute)
+    lm.open(compute, override)
     # No bootstrap: the errors are ours (`paired`), also for the difference from dense.
     found = evaluate(
-        lm, {"tasks": {name: task}, "groups": {}}, limit=limit, bootstrap_iters=0, confirm_run_unsafe_code=True
+        lm,
+        {"tasks": {name: task}, "groups": {}},
+        limit=asking.limit,
+        bootstrap_iters=0,
+        confirm_run_unsafe_code=True,
+        apply_chat_template=asking.chat_template,
+        fewshot_as_multiturn=asking.chat_template,
     )
     account = lm.close()
     scores = found["results"][name]
@@ -198,10 +234,12 @@ def _ask(lm: DialLM, name: str, task: Task, compute: float, limit: int | None, s
     )
 
 
-def _run(name: str, task: Task, answers: _Answers, dense: _Answers) -> TaskRun:
+def _run(kind: str, name: str, task: Task, answers: _Answers, dense: _Answers) -> TaskRun:
     account = answers.account
     return TaskRun(
         task=name,
+        kind=kind,
+        is_choice=task.OUTPUT_TYPE == "multiple_choice",
         asked=account.compute,
         compute=account.meter.compute,
         compute_with_context=account.meter.compute_with_context,

@@ -20,10 +20,10 @@ from rheostat.adapted import Adapted
 from rheostat.errors import bad_setting
 from rheostat.eval.answers import answer
 from rheostat.eval.batches import Batch, Request, can_choose_rows, in_rows, plan, truncated
-from rheostat.eval.ranks import Ranks
 from rheostat.eval.scoring import Score, score, score_forward, scores_by_step
 from rheostat.eval.tasks.local import require_lm_eval
 from rheostat.meter import PARTS, Meter
+from rheostat.processes import Ranks
 from rheostat.sampling import Sampling
 from rheostat.spending import spend
 
@@ -45,12 +45,17 @@ MAX_NEW_TOKENS = 256
 
 SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p")
 
+Override = Callable[[int, torch.Tensor], torch.Tensor]
+"""(layer, x [N, D]) -> expert [N]."""
+
 
 @dataclass
 class Account:
     """What the requests since `DialLM.open` took, over all processes once `close` has been called."""
 
     compute: float
+    override: Override | None = None
+    """In the place of the routers' choice, for baselines (`rheostat.spend`)."""
     meter: Meter = field(default_factory=lambda: Meter(keep_passes=False))
     modes: set[str] = field(default_factory=set)
     """How requests were answered: `prefill+score`, `prefill+steps`, `forward`, `generate`."""
@@ -109,17 +114,21 @@ class DialLM(TemplateLM):
         ends = adapted.generation_config.eos_token_id
         self._end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
-    def open(self, compute: float) -> None:
+    def open(self, compute: float, override: Override | None = None) -> None:
         """Answer the requests that follow at `compute`, on a new account."""
-        self.account = Account(compute)
+        self.account = Account(compute, override)
 
     def close(self) -> Account:
         """The account, with what all processes spent."""
         mine, self.account = self.account, Account(self.account.compute)
         meter = mine.meter
-        spent = self.ranks.gather((meter.cost, meter.dense, meter.num_prefill_tokens, meter.num_decode_tokens))
+        spent = self.ranks.gather(
+            (meter.cost, meter.dense, meter.num_prefill_tokens, meter.num_decode_tokens, meter.expert_counts)
+        )
         total = Meter(keep_passes=False, started=meter.started)
-        for cost, dense, num_prefill_tokens, num_decode_tokens in spent:
+        for cost, dense, num_prefill_tokens, num_decode_tokens, counts_by_layer in spent:
+            for layer, found in counts_by_layer.items():
+                total.expert_counts[layer] = total.expert_counts.get(layer, 0) + found
             for part in PARTS:
                 counts = [getattr(getattr(one, unit), part) for one in (cost, dense) for unit in ("flops", "bytes")]
                 total.add(part, *counts)
@@ -301,7 +310,7 @@ class DialLM(TemplateLM):
         mine = self.ranks.share(batches)
         for count, batch in enumerate(mine):
             self.progress(count, len(mine))
-            with spend(self.account.compute, meter=self.account.meter):
+            with spend(self.account.compute, meter=self.account.meter, override=self.account.override):
                 done |= work(batch)
         self.progress(len(mine), len(mine))
         return {number: one for part in self.ranks.gather(done) for number, one in part.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from rheostat.report.schema import Bench, Report, Run, Task, Text
+from rheostat.report.schema import Bench, Report, Run, Task, Text, kind_of
 from rheostat.report.style import (
     DIAL_STYLE,
     FRONT_STYLE,
@@ -265,7 +265,9 @@ def _task_name(task: Task) -> str:
 
 
 def against_tasks(tasks: Sequence[Task], names: Sequence[str]) -> Figure:
-    """Score against `compute` asked for, one panel for each of `names`, one line for each mode."""
+    """Score against `compute` asked for, one panel for each of `names`, one line for each mode. Baselines are left
+    to the tables."""
+    tasks = [task for task in tasks if kind_of(task) in ("dense", "dial")]
     modes = list(dict.fromkeys(task.get("mode", "score") for task in tasks))
     columns = 3 if len(names) > 2 and len(names) != 4 else 2
     size = (PANEL_INCHES[0] * 2 / columns, 2.8)

@@ -10,6 +10,7 @@ from rheostat.report import tables
 from rheostat.report.notes import measured, method_name, notes
 from rheostat.report.pictures import Picture, pictures
 from rheostat.report.schema import Report
+from rheostat.report.summary import summary
 from rheostat.report.tables import Table
 
 
@@ -18,6 +19,8 @@ def markdown(report: Report) -> str:
     method = method_name(report)
     shown = {picture.name: picture for picture in pictures(report)}
     parts = [f"# {escape(Path(report['model']).name)}: quality against compute", introduction(report)]
+    if (settings := summary(report)) is not None:
+        parts.append(table(settings))
     if "pareto" in shown:
         parts.append(image(shown.pop("pareto")))
     for text in report["texts"]:

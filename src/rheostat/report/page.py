@@ -15,6 +15,7 @@ from rheostat.report.notes import measured, method_name, notes
 from rheostat.report.pictures import Picture, pictures
 from rheostat.report.schema import Passage, Report
 from rheostat.report.style import drawing, svg
+from rheostat.report.summary import summary
 from rheostat.report.tables import Table
 
 STYLE = """
@@ -63,6 +64,8 @@ def page(report: Report) -> str:
     method = method_name(report)
     shown = {picture.name: picture for picture in pictures(report)}
     parts = [f"<h1>{escape(name)}: quality against compute</h1>", _introduction(report)]
+    if (settings := summary(report)) is not None:
+        parts.append(html_table(settings))
     if "pareto" in shown:
         parts.append(figure(shown.pop("pareto")))
     for text in report["texts"]:

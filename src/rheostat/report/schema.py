@@ -141,6 +141,9 @@ class Bench(TypedDict):
     tpot_ms: NotRequired[Spread | float | None]
     """Milliseconds for each further token."""
     tokens_per_s: NotRequired[Spread | float | None]
+    prompt: NotRequired[int]
+    """Tokens of the prompt."""
+    batch: NotRequired[int]
 
 
 class Task(TypedDict):
@@ -159,6 +162,15 @@ class Task(TypedDict):
     paired_stderr: NotRequired[Measured]
     mode: NotRequired[str]
     """How it was scored."""
+    kind: NotRequired[str]
+    """`dense`, `dial`, or the name of a baseline at the same mean compute."""
+    is_choice: NotRequired[bool]
+    """One of several answers is chosen."""
+
+
+def kind_of(task: Task) -> str:
+    """`dense`, `dial` or a baseline's name; reports from before baselines were scored on tasks do not say."""
+    return task.get("kind") or ("dense" if task["compute"] == 1 else "dial")
 
 
 class Report(TypedDict):

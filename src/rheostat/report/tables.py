@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rheostat.report.curves import CLOCKS, spread
-from rheostat.report.schema import Report, Run, Text
+from rheostat.report.schema import Report, Run, Text, kind_of
 from rheostat.terminal import short
 
 NONE = "n/a"
@@ -113,6 +113,7 @@ def tasks(report: Report) -> Table | None:
             one["task"],
             one["metric"],
             one.get("mode", ""),
+            kind_of(one),
             f"{one['compute']:g}",
             with_error(one["score"], one.get("stderr")),
             signed(one.get("paired_difference"), one.get("paired_stderr")),
@@ -120,8 +121,8 @@ def tasks(report: Report) -> Table | None:
         )
         for one in report.get("tasks", [])
     )
-    headings = ("task", "metric", "mode", "compute", "score", "less dense", "questions")
-    return Table(headings=headings, rows=rows, num_words=3) if rows else None
+    headings = ("task", "metric", "mode", "run", "compute", "score", "less dense", "questions")
+    return Table(headings=headings, rows=rows, num_words=4) if rows else None
 
 
 def dial(table: Mapping[str, Any]) -> Table | None:
