@@ -18,7 +18,6 @@ round. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import sys
@@ -31,26 +30,9 @@ import torch
 import rheostat
 from rheostat import families
 from rheostat.adapted import Adapted
+from rheostat.methods.kv_prediction.auxiliary import pruned_copy
 from rheostat.provenance import provenance
 from rheostat.text import pack, read_texts
-
-
-def pruned(model: Any, kept: list[int]) -> Any:
-    """A copy of the model with these layers alone, weights shared."""
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in kept]
-    small = type(model)(config).to(model.dtype).eval()
-    named = dict(model.named_parameters())
-    for name, parameter in small.named_parameters():
-        parts = name.split(".")
-        if "layers" in parts:
-            at = parts.index("layers") + 1
-            parts[at] = str(kept[int(parts[at])])
-        parameter.data = named[".".join(parts)].data
-    small.tie_weights()
-    return small
 
 
 def losses(model: Any, cache: Any, mask: torch.Tensor, tokens: torch.Tensor, length: int) -> torch.Tensor:
@@ -90,7 +72,7 @@ def read_adapted(adapted: Adapted, prompts: torch.Tensor, compute: float) -> tup
     return cache, torch.ones_like(prompts[:, :-1])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def quality(adapted: Adapted, windows: torch.Tensor, answer: int, depths: dict[float, int]) -> list[dict[str, Any]]:
     """Perplexity of the last `answer` tokens of windows [N, T], by reader; the first row is the dense model's."""
     model = adapted.model
@@ -103,8 +85,8 @@ def quality(adapted: Adapted, windows: torch.Tensor, answer: int, depths: dict[f
     add("dense", 1.0, model, lambda p: read_plain(model, p))
     add("none", 0.0, model, lambda p: (None, p[:, :0]))
     for compute, depth in depths.items():
-        first = pruned(model, list(range(depth)))
-        even = pruned(model, [round(k * (num_layers - 1) / (depth - 1)) for k in range(depth)])
+        first = pruned_copy(model, list(range(depth)))
+        even = pruned_copy(model, [round(k * (num_layers - 1) / (depth - 1)) for k in range(depth)])
         drawn = torch.Generator().manual_seed(depth)
         add(f"predicted {depth}", compute, model, lambda p, c=compute: read_adapted(adapted, p, c))
         add(f"auxiliary {depth}", depth / num_layers, first, lambda p, m=first: read_plain(m, p))
@@ -123,7 +105,7 @@ def quality(adapted: Adapted, windows: torch.Tensor, answer: int, depths: dict[f
     return rows
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def clock(
     adapted: Adapted, stock: Any, lengths: list[int], depths: dict[float, int], news: list[int], rounds: int
 ) -> list[dict[str, Any]]:

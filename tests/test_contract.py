@@ -33,6 +33,7 @@ CASES: dict[str, Method] = {
     ),
     "chain": Chain([DynaMoE(tile=4, router_width=8, router_steps=30, router_loss_share=1.0, criterion="residual")]),
     "kv_prediction": KVPrediction(depths=(1,)),
+    "kv_prediction-pruned": KVPrediction(auxiliary="pruned", kept=(0,)),
     "chain-prefill": Chain(
         [KVPrediction(depths=(1,)), DynaMoE(tile=4, router_width=8, router_steps=30, router_loss_share=1.0)]
     ),

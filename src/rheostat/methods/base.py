@@ -22,7 +22,7 @@ from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 STAGES = ("weights", "width", "depth", "prompt", "prefill", "cache", "decode", "training", "analysis")
 """Where a method may act. Methods at different stages compose; two at one stage are refused."""
@@ -69,6 +69,13 @@ class Method:
             SettingError: with the reason.
         """
         families.family_of(model)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a tokenizer that what this method brings along cannot read. Default: any will do.
+
+        Raises:
+            SettingError: with the reason.
+        """
 
     def attach(self, model: PreTrainedModel) -> None:
         """Change the model in place. Before anything is learned, the changed model computes the same function."""

@@ -15,7 +15,7 @@ from rheostat.geometry import Geometry
 from rheostat.methods.base import Method, Progress, no_progress
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
@@ -54,6 +54,11 @@ class Chain(Method):
         """Every method must accept the model."""
         for method in self.methods:
             method.check(model)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Every method must accept the tokenizer."""
+        for method in self.methods:
+            method.check_tokenizer(tokenizer)
 
     def attach(self, model: PreTrainedModel) -> None:
         """In order; a failure takes off again what was attached."""

@@ -7,9 +7,10 @@ import torch
 
 from rheostat import families
 from rheostat.methods.kv_prediction import fitting
-from rheostat.methods.kv_prediction.fitting import _reduce, recording
+from rheostat.methods.kv_prediction.fitting import _reduce
 from rheostat.methods.kv_prediction.predictor import predictors
 from rheostat.methods.kv_prediction.prefix import keeping
+from rheostat.methods.kv_prediction.watching import recording
 from tests.methods.kv_prediction.given import given
 from tests.tiny import tiny_windows
 

@@ -104,7 +104,7 @@ def test_a_model_of_one_layer_is_refused():
 
 
 def test_geometry_windows_are_cut_with_the_layers():
-    from rheostat.methods.kv_prediction.reading import part_of
+    from rheostat.methods.kv_prediction.predictor import part_of
 
     geometry = Geometry.from_config(tiny_model("gemma3_text").config)
     assert part_of(geometry, 1).windows == geometry.windows[:1]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rheostat.methods.base import Method
-from rheostat.methods.kv_prediction.fitting import recording
 from rheostat.methods.kv_prediction.predictor import predictors
 from rheostat.methods.kv_prediction.training import consistency, predicting
+from rheostat.methods.kv_prediction.watching import recording
 from rheostat.train.settings import TrainSettings
 from rheostat.train.trainer import train
 from tests.methods.kv_prediction.given import exact, given

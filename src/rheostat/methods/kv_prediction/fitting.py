@@ -8,8 +8,7 @@ Shapes: W windows, T tokens, X features (a constant one added), K key/value head
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,35 +16,16 @@ from torch import nn
 
 from rheostat import families
 from rheostat.methods.base import Progress
+from rheostat.methods.kv_prediction.auxiliary import CacheMaps
+from rheostat.methods.kv_prediction.auxiliary import fit as solve_auxiliary
 from rheostat.methods.kv_prediction.predictor import Predictor, predictors
 from rheostat.methods.kv_prediction.prefix import keeping
+from rheostat.methods.kv_prediction.watching import recording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH_TOKENS = 2048
-
-
-@contextmanager
-def recording(model: PreTrainedModel, first: int) -> Iterator[dict[tuple[str, int], torch.Tensor]]:
-    """Keep of the newest pass, under ("keys", layer) and ("values", layer), what each layer from `first` on made of its
-    own, raw, [B, T, K * d]."""
-    seen: dict[tuple[str, int], torch.Tensor] = {}
-
-    def keep(layer: int) -> Any:
-        def see(kind: str, tensor: torch.Tensor) -> None:
-            seen[kind, layer] = tensor
-
-        return see
-
-    handles: list[Any] = []
-    try:
-        for one in families.key_values(model)[first:]:
-            handles += one.watch(keep(one.layer))
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -59,7 +39,16 @@ def fit(model: PreTrainedModel, windows: torch.Tensor, *, ridge: float, progress
         By depth, the share of the targets' variance that the maps leave unexplained on the same text.
     """
     held = predictors(model)
-    sums = {depth: _Sums(one, len(one.inputs) * model.config.hidden_size) for depth, one in held.items()}
+    if isinstance(maps := held.get(0), CacheMaps):
+        progress("solving the auxiliary's maps", 0, 1)
+        unexplained = {"auxiliary": solve_auxiliary(maps, model, windows, ridge)}
+        progress("solving the auxiliary's maps", 1, 1)
+        return {"unexplained": unexplained, "num_weights": maps.num_weights}
+    sums = {
+        depth: _Sums(one, len(one.inputs) * model.config.hidden_size)
+        for depth, one in held.items()
+        if isinstance(one, Predictor)
+    }
     step = max(1, BATCH_TOKENS // windows.shape[1])
     with recording(model, min(held)) as seen, keeping() as kept:
         for start in range(0, len(windows), step):
@@ -124,8 +113,8 @@ class _Sums:
         start = 0
         for linear, first in zip(one.maps, one.firsts, strict=True):
             stop = start + len(first)
-            linear.weight.copy_(weight[:, start:stop].T)  # type: ignore[operator,union-attr]
-            linear.bias.copy_(bias[start:stop])  # type: ignore[operator,union-attr]
+            linear.weight.copy_(weight[:, start:stop].T)  # type: ignore[operator]
+            linear.bias.copy_(bias[start:stop])  # type: ignore[operator]
             first.copy_(self.firsts[start:stop] / self.num_windows)
             start = stop
         error = variance * count - 2 * (full * cross).sum(0) + (full * (gram @ full)).sum(0)

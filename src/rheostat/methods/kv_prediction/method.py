@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -15,10 +15,10 @@ from rheostat.cost import Cost, dense_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
 from rheostat.methods.base import Method, Progress, no_progress
-from rheostat.methods.kv_prediction import fitting, predictor, prefix, reading, training
+from rheostat.methods.kv_prediction import auxiliary, fitting, predictor, prefix, reading, training
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 _handles: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
 """Attached model -> the handles of our hooks on it."""
@@ -28,13 +28,21 @@ _handles: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
 class KVPrediction(Method):
     """An auxiliary reads the prompt and predicts the cache (arXiv 2410.08391; what differs is marked in the docs).
 
-    The native setting is how many layers are predicted: 0 is the dense model; between two depths, the shallower counts.
+    The native setting is how many layers are predicted: 0 is the dense model; between two depths the shallower counts.
     """
 
     name: ClassVar[str] = "kv_prediction"
     stages: ClassVar[frozenset[str]] = frozenset({"prefill"})
     reads_prompts: ClassVar[bool] = True
 
+    auxiliary: str = auxiliary.PREFIX
+    """What reads the prompt: prefix (the model's own first layers), pruned (a copy with layers left out), or the name or
+    folder of a smaller model with the same tokenizer."""
+    kept: tuple[float, ...] = (0.5,)
+    """For a pruned auxiliary: the share of the layers that it keeps, or a list of them."""
+    layer_map: tuple[int, ...] = ()
+    """For a pruned or a smaller auxiliary: for each layer of the model, the auxiliary's layer that predicts it; empty
+    for the rule."""
     depths: tuple[float, ...] = (0.4, 0.5, 2 / 3, 5 / 6)
     """Depths of the auxiliary that the dial chooses from: shares of the model's layers, or whole numbers of them."""
     exact_tokens: int = 1
@@ -47,6 +55,8 @@ class KVPrediction(Method):
     """Ridge of the closed-form fit, relative to the mean of the Gram matrix's diagonal."""
     base_weight: float = 1.0
     """Weight of the model's language-model loss on predicted keys and values, in training."""
+    auxiliary_weight: float = 1.0
+    """Weight of the auxiliary's own language-model loss, in training; the model's own first layers have none."""
     consistency_weight: float = 1.0
     """Weight of the L1 distance of predicted keys and values from the model's own, a mean over layers (the paper's
     text; its published configurations take the sum over layers, which is this weight times their number)."""
@@ -62,11 +72,24 @@ class KVPrediction(Method):
             raise bad_setting("kv_prediction.exact_tokens", self.exact_tokens, "an integer of at least 1")
         if not isinstance(self.inputs, tuple) or not all(_is_number(one, 0) and one < 1 for one in self.inputs):
             raise bad_setting("kv_prediction.inputs", self.inputs, "shares of the depth, from 0 to below 1")
-        for field in ("rank", "ridge", "base_weight", "consistency_weight", "z_weight", "distill_weight"):
+        for field in (
+            "rank",
+            "ridge",
+            "base_weight",
+            "auxiliary_weight",
+            "consistency_weight",
+            "z_weight",
+            "distill_weight",
+        ):
             if not _is_number(getattr(self, field), 0):
                 raise bad_setting(f"kv_prediction.{field}", getattr(self, field), "a finite number of at least 0")
         if self.distill_weight > 1:
             raise bad_setting("kv_prediction.distill_weight", self.distill_weight, "from 0 to 1")
+
+    @property
+    def has_own_auxiliary(self) -> bool:
+        """Whether the auxiliary is a model of its own, beside the model."""
+        return self.auxiliary != auxiliary.PREFIX
 
     def layer_counts(self, num_layers: int) -> list[int]:
         """The depths on a model of `num_layers` layers, deepest first.
@@ -74,6 +97,8 @@ class KVPrediction(Method):
         Raises:
             SettingError: a number of layers that leaves none to predict.
         """
+        if self.has_own_auxiliary:
+            return [0]
         counts = set()
         for depth in self.depths:
             if depth >= num_layers:
@@ -100,12 +125,20 @@ class KVPrediction(Method):
             raise bad_setting("model", f"{num_layers} layer", "of at least 2 layers, so that there are some to predict")
         self.layer_counts(num_layers)
 
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """A smaller model must read the same tokens."""
+        auxiliary.check_tokenizer(self.auxiliary, tokenizer)
+
     def attach(self, model: PreTrainedModel) -> None:
         """Put the maps on the decoder, and hooks on the layers that the auxiliary may stop at."""
         self.check(model)
         depths = self.layer_counts(len(families.layers(model)))
+        if self.has_own_auxiliary:
+            predictor.attach(model, [auxiliary.build(model, self.auxiliary, self.kept, self.layer_map)])
+            _handles[model] = []
+            return
         inputs = {depth: self.read_layers(depth) for depth in depths}
-        predictor.attach(model, inputs, self._rank(model.config.hidden_size))
+        predictor.attach(model, predictor.prefix_maps(model, inputs, self._rank(model.config.hidden_size)))
         _handles[model] = prefix.set_hooks(model, depths, {layer for read in inputs.values() for layer in read})
 
     def detach(self, model: PreTrainedModel) -> None:
@@ -155,9 +188,23 @@ class KVPrediction(Method):
     def _share(self, geometry: Geometry, depth: int) -> float:
         """FLOPs of one prompt token at a depth, as a fraction of the dense model's without the head."""
         layer = geometry.attention_weights + geometry.ffn_weights
-        return (depth * layer + self._map_weights(geometry, depth)) / (geometry.num_layers * layer)
+        own = depth * layer
+        if self.has_own_auxiliary:
+            small = self._small(geometry)
+            own = small.num_layers * (small.attention_weights + small.ffn_weights)
+        return (own + self._map_weights(geometry, depth)) / (geometry.num_layers * layer)
+
+    def _small(self, geometry: Geometry) -> Geometry:
+        """The sizes of an auxiliary of its own."""
+        if self.auxiliary != auxiliary.PRUNED:
+            return Geometry.from_config(auxiliary.load_auxiliary(self.auxiliary)[0].config)
+        layers = auxiliary.kept_layers(self.kept, geometry.num_layers)
+        windows = tuple(geometry.windows[layer] for layer in layers) if geometry.windows else ()
+        return replace(geometry, num_layers=len(layers), windows=windows)
 
     def _map_weights(self, geometry: Geometry, depth: int) -> int:
+        if self.has_own_auxiliary:
+            return geometry.num_layers * geometry.kv_values * self._small(geometry).kv_values // 2
         num_features = len(self.read_layers(depth)) * geometry.hidden_size
         outputs = (geometry.num_layers - depth) * geometry.kv_values
         rank = self._rank(geometry.hidden_size)
@@ -181,9 +228,9 @@ class KVPrediction(Method):
         self.check_compute(geometry, compute)
         early = num_tokens - self.exact_tokens
         depths = [d for d in self.layer_counts(geometry.num_layers) if self._share(geometry, d) <= compute]
-        if compute == 1.0 or early <= 0 or not depths:
+        if compute == 1.0 or early <= 0 or not depths or (self.has_own_auxiliary and past):
             return dense_cost(geometry, num_tokens=num_tokens, past=past, num_logits=num_logits, itemsize=itemsize)
-        first = reading.part_of(geometry, depths[0])
+        first = self._small(geometry) if self.has_own_auxiliary else predictor.part_of(geometry, depths[0])
         weights = self._map_weights(geometry, depths[0])
         ahead = dense_cost(first, num_tokens=early, past=past, num_logits=0, itemsize=itemsize).charged_to("auxiliary")
         ahead += reading.predictor_cost(geometry, depths[0], weights, early, itemsize)
@@ -204,9 +251,9 @@ class KVPrediction(Method):
     def state(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         """The maps, by depth and layer."""
         return {
-            f"{depth}.{name}": tensor
+            f"{depth}.{name}": tensor.detach()
             for depth, held in predictor.predictors(model).items()
-            for name, tensor in held.state_dict().items()
+            for name, tensor in held.named_parameters()
         }
 
     def load_state(self, model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:

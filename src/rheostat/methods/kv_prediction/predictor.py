@@ -6,18 +6,29 @@ Shapes: B rows, T tokens, D model width, X features, R rank, K key/value heads, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
 from rheostat import families
+from rheostat.cost import Cost, attention_cost, attention_weight_bytes, embedding_cost, ffn_cost
+from rheostat.geometry import Geometry
+from rheostat.methods.base import MeteredFFN
+from rheostat.methods.kv_prediction.auxiliary import CacheMaps
+from rheostat.methods.kv_prediction.prefix import run_prefix
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
 PLACE = "kv_predictors"
 """Name of the attribute of the decoder that holds the maps."""
+
+
+def part_of(geometry: Geometry, num_layers: int) -> Geometry:
+    """The sizes of the first `num_layers` layers alone."""
+    return replace(geometry, num_layers=num_layers, windows=geometry.windows[:num_layers])
 
 
 class Predictor(families.Attachment):
@@ -61,6 +72,28 @@ class Predictor(families.Attachment):
         """The features behind the bottleneck, [B, T, R], computed once for all layers."""
         return self.squeeze(self.features(kept))
 
+    def read(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: Cache,
+    ) -> torch.Tensor:
+        """Tokens [B, T] through the first layers, which fill their part of `cache`. Returns what `forward` needs."""
+        return self.mix(run_prefix(model, input_ids, attention_mask, position_ids, cache, self.depth))
+
+    def auxiliary_cost(self, model: PreTrainedModel, counts: Sequence[tuple[int, int]], itemsize: int) -> Cost:
+        """`read` for rows of so many (cached, new) tokens, less what metered FFNs bill themselves."""
+        geometry = Geometry.from_config(model.config)
+        first = part_of(geometry, self.depth)
+        total = sum(new for _, new in counts)
+        num_plain = sum(not isinstance(layer.mlp, MeteredFFN) for layer in families.layers(model)[: self.depth])
+        cost = attention_weight_bytes(first, itemsize) + embedding_cost(geometry, total, itemsize)
+        for past, new in counts:
+            cost += attention_cost(first, new, past, itemsize)
+        return cost + ffn_cost(geometry, total, num_plain, itemsize) if num_plain else cost
+
     def forward(self, mixed: torch.Tensor, is_first: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Raw keys and values [B, T, K * d] of layer `depth + index`.
 
@@ -73,18 +106,21 @@ class Predictor(families.Attachment):
         return keys, values
 
 
-def predictors(model: PreTrainedModel) -> dict[int, Predictor]:
-    """The attached maps by depth."""
+def predictors(model: PreTrainedModel) -> dict[int, Predictor | CacheMaps]:
+    """The attached maps by depth; those of an auxiliary of its own are at depth 0."""
     held = cast(nn.ModuleList, getattr(families.decoder(model), PLACE))
-    return {one.depth: one for one in cast(list[Predictor], list(held))}
+    return {one.depth: one for one in cast("list[Predictor | CacheMaps]", list(held))}
 
 
-def attach(model: PreTrainedModel, inputs: Mapping[int, Sequence[int]], rank: int) -> None:
-    """Put maps on the model: depth -> the layers they read."""
-    sizes = [one.size for one in families.key_values(model)]
-    like, width = next(model.parameters()), model.config.hidden_size
-    held = nn.ModuleList(Predictor(depth, read, width, rank, sizes[depth:]) for depth, read in inputs.items())
-    families.decoder(model).add_module(PLACE, held.to(like))
+def attach(model: PreTrainedModel, held: Sequence[Predictor | CacheMaps]) -> None:
+    """Put maps on the model, in its dtype and where it is."""
+    families.decoder(model).add_module(PLACE, nn.ModuleList(held).to(next(model.parameters())))
+
+
+def prefix_maps(model: PreTrainedModel, inputs: Mapping[int, Sequence[int]], rank: int) -> list[Predictor]:
+    """Maps from the model's own first layers: depth -> the layers they read."""
+    sizes, width = [one.size for one in families.key_values(model)], model.config.hidden_size
+    return [Predictor(depth, read, width, rank, sizes[depth:]) for depth, read in inputs.items()]
 
 
 def detach(model: PreTrainedModel) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,9 +22,9 @@ from rheostat.cost import (
     router_cost,
 )
 from rheostat.geometry import Geometry
-from rheostat.methods.base import MeteredFFN, Method, positions
+from rheostat.methods.base import Method, positions
+from rheostat.methods.kv_prediction.auxiliary import CacheMaps
 from rheostat.methods.kv_prediction.predictor import Predictor, predictors
-from rheostat.methods.kv_prediction.prefix import run_prefix
 from rheostat.spending import current_spending, for_rows, in_phase, native_settings
 
 if TYPE_CHECKING:
@@ -78,8 +77,8 @@ def _prefill_alike(
     """All rows at one depth."""
     with in_phase("prefill"):
         early = input_ids.shape[1] - num_exact
-        if depth is not None and early > 0:
-            past = attention_mask.shape[1] - input_ids.shape[1]
+        past = attention_mask.shape[1] - input_ids.shape[1]
+        if depth is not None and early > 0 and (depth or not past):  # an auxiliary of its own does not know the past
             read_ahead(model, input_ids[:, :early], attention_mask[:, : past + early], cache, predictors(model)[depth])
             input_ids = input_ids[:, early:]
         return Method().prefill(model, input_ids, attention_mask, cache)
@@ -112,16 +111,20 @@ def _prefill_mixed(
 
 
 def read_ahead(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache: Cache, predictor: Predictor
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    cache: Cache,
+    predictor: Predictor | CacheMaps,
 ) -> None:
     """Fill `cache` with tokens [B, T]: the layers below the depth by running them, the others by prediction."""
     num_tokens = input_ids.shape[1]
     position_ids = positions(attention_mask)[:, -num_tokens:]
     spending = current_spending()
     with spending.meter.charging("auxiliary") if spending is not None else nullcontext():
-        mixed = predictor.mix(run_prefix(model, input_ids, attention_mask, position_ids, cache, predictor.depth))
+        made = predictor.read(model, input_ids, attention_mask, position_ids, cache)
         for index, layer in enumerate(families.key_values(model)[predictor.depth :]):
-            keys, values = predictor(mixed, position_ids == 0, index)
+            keys, values = predictor(made, position_ids == 0, index)
             cache.update(layer.finish_keys(keys, position_ids), layer.finish_values(values), layer.layer)
         if spending is not None:
             spending.meter.bill(_spent(model, attention_mask, num_tokens, predictor))
@@ -139,25 +142,15 @@ def _counts(attention_mask: torch.Tensor, num_tokens: int) -> list[tuple[int, in
     return list(zip(pasts, attention_mask[:, -num_tokens:].sum(1).tolist(), strict=True))
 
 
-def _spent(model: PreTrainedModel, attention_mask: torch.Tensor, num_tokens: int, predictor: Predictor) -> Cost:
+def _spent(
+    model: PreTrainedModel, attention_mask: torch.Tensor, num_tokens: int, predictor: Predictor | CacheMaps
+) -> Cost:
     """What `read_ahead` cost, less what metered FFNs bill themselves."""
-    geometry = Geometry.from_config(model.config)
-    first = part_of(geometry, predictor.depth)
-    itemsize = model.dtype.itemsize
+    geometry, itemsize = Geometry.from_config(model.config), model.dtype.itemsize
     counts = _counts(attention_mask, num_tokens)
     total = sum(new for _, new in counts)
-    num_plain = sum(not isinstance(layer.mlp, MeteredFFN) for layer in families.layers(model)[: predictor.depth])
-    cost = attention_weight_bytes(first, itemsize) + embedding_cost(geometry, total, itemsize)
-    for past, new in counts:
-        cost += attention_cost(first, new, past, itemsize)
-    if num_plain:
-        cost += ffn_cost(geometry, total, num_plain, itemsize)
+    cost = predictor.auxiliary_cost(model, counts, itemsize)
     return cost + predictor_cost(geometry, predictor.depth, predictor.num_weights, total, itemsize)
-
-
-def part_of(geometry: Geometry, num_layers: int) -> Geometry:
-    """The sizes of the first `num_layers` layers alone."""
-    return replace(geometry, num_layers=num_layers, windows=geometry.windows[:num_layers])
 
 
 def predictor_cost(geometry: Geometry, depth: int, num_weights: int, num_tokens: int, itemsize: int) -> Cost:
