@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rheostat import families
 from rheostat.caches.hierarchical import HierarchicalCache
@@ -26,7 +27,17 @@ from rheostat.runtime.packing import check_format
 from rheostat.speculate.drafter import Drafter
 from rheostat.speculate.generating import generate as draft_and_check
 from rheostat.speculate.generating import make_drafter
-from rheostat.spending import Compute, Pass, Spending, current_pass, current_phase, current_spending, enter_pass, spend
+from rheostat.spending import (
+    Compute,
+    Pass,
+    current_pass,
+    current_phase,
+    current_spending,
+    enter_pass,
+    register_dial,
+    spend,
+    unregister_dial,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,6 +75,9 @@ class Adapted(nn.Module):
         self.geometry = Geometry.from_config(model.config)
         self.method.attach(model)
         self.model = model
+        register_dial(model, self._settings)
+        if self.method.at("prefill").reads_prompts:
+            model._prefill = self._read_prompt  # the seam of the host's `generate`, in all its modes
         self.dial = dial or Dial()
         self.report: dict[str, Any] = dict(report or {})
         """How this model was made: filled by `adapt`, saved with the artifact."""
@@ -183,6 +197,8 @@ class Adapted(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.model.__dict__.pop("_prefill", None)
+        unregister_dial(self.model)
         self.method.detach(self.model)
         return self.model
 
@@ -190,6 +206,24 @@ class Adapted(nn.Module):
     def hook_ids(self) -> frozenset[int]:
         """Of the hooks set on the host, as `torch` numbers them."""
         return frozenset(handle.id for handle in self._handles)
+
+    def _read_prompt(
+        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        """The host's `_prefill` through the method's own `prefill`, whenever a prompt is only to be continued."""
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        wants_more = generation_config.output_hidden_states or generation_config.output_attentions
+        chunks = generation_config.prefill_chunk_size
+        if cache is None or wants_more or chunks or model_kwargs.get("inputs_embeds") is not None:
+            return type(self.model)._prefill(self.model, input_ids, generation_config, model_kwargs, **kwargs)
+        past = int(cache.get_seq_length())
+        if mask is None:
+            mask = torch.ones_like(input_ids)
+        if mask.dim() != 2 or (past and mask.shape[1] not in (input_ids.shape[1], past + input_ids.shape[1])):
+            return type(self.model)._prefill(self.model, input_ids, generation_config, model_kwargs, **kwargs)
+        news = input_ids[:, past:] if mask.shape[1] == input_ids.shape[1] else input_ids
+        logits = self.method.prefill(self.model, news, mask, cache)
+        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
 
     # -- hooks
 
@@ -203,7 +237,7 @@ class Adapted(nn.Module):
         mask = _plain_mask(mask, num_rows, num_tokens, past)
         valid, first = _marks(mask, num_rows, num_tokens, past, tokens.device)
         spending = current_spending()
-        settings = self._settings(spending, phase, num_rows, tokens.device)
+        settings = self._settings(phase, num_rows, tokens.device)
         is_plain = phase == "decode" and (mask is None or bool((valid & ~first).all()))
         enter_pass(Pass(phase, valid, first, settings, is_plain=is_plain, past=past, mask=mask))
         if isinstance(cache, HierarchicalCache) and not past and mask is not None:
@@ -218,11 +252,10 @@ class Adapted(nn.Module):
 
     def settings(self, phase: str, num_rows: int) -> dict[str, torch.Tensor]:
         """The native settings [B] that the enclosing `spend` asks for in a phase; empty when all run dense."""
-        return self._settings(current_spending(), phase, num_rows, self.device)
+        return self._settings(phase, num_rows, self.device)
 
-    def _settings(
-        self, spending: Spending | None, phase: str, num_rows: int, device: torch.device
-    ) -> dict[str, torch.Tensor]:
+    def _settings(self, phase: str, num_rows: int, device: torch.device) -> dict[str, torch.Tensor]:
+        spending = current_spending()
         if spending is None:
             return {}
         if spending.native is not None:

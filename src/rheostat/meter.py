@@ -245,6 +245,14 @@ class Meter:
             if flops or num_bytes:
                 self.add(part, flops, num_bytes, flops, num_bytes)
 
+    def spare(self, phase: str, valid: torch.Tensor, dense: Cost) -> None:
+        """Tokens marked in `valid` [B, T] were taken in by side passes in the model's stead, which would have spent
+        `dense` on them."""
+        self.open_pass(phase, valid, self.num_layers, self.ffn_size)
+        for part in PARTS:
+            flops, num_bytes = getattr(dense.flops, part), getattr(dense.bytes, part)
+            self.add(part, 0, 0, flops, num_bytes)
+
     def widths(self, channels: torch.Tensor | int) -> None:
         """FFN channels [B, T] that one layer (or all unrouted layers together) computed for each token of this pass."""
         if self.passes and self._charged is None:

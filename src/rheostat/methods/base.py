@@ -24,7 +24,7 @@ from rheostat.runtime.weights import FFNWeights
 from rheostat.speculate.drafter import Drafter, Stopping
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 STAGES = ("weights", "width", "depth", "prompt", "prefill", "cache", "decode", "training", "analysis")
 """Where a method may act. Methods at different stages compose; two at one stage are refused."""
@@ -64,6 +64,8 @@ class Method:
     stages: ClassVar[frozenset[str]] = frozenset()
     is_permanent: ClassVar[bool] = False
     """The method changes weights for good: detaching cannot bring the original model back."""
+    reads_prompts: ClassVar[bool] = False
+    """`prefill` does more than run the model on the prompt; the host's `generate` then reads prompts through it."""
 
     # -- attach and detach
 
@@ -74,6 +76,13 @@ class Method:
             SettingError: with the reason.
         """
         families.family_of(model)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a tokenizer that what this method brings along cannot read. Default: any will do.
+
+        Raises:
+            SettingError: with the reason.
+        """
 
     def attach(self, model: PreTrainedModel) -> None:
         """Change the model in place. Before anything is learned, the changed model computes the same function."""
@@ -143,6 +152,16 @@ class Method:
     def setting_range(self) -> tuple[float, float]:
         """The native setting's range, from the most compute to the least. Default: there is nothing to set."""
         return (0.0, 0.0)
+
+    def steps(self, geometry: Geometry) -> tuple[float, ...] | None:
+        """The native settings there are on such a model, from the most compute to the least and without the neutral
+        one, where they are few; None where every number in the range is one. What lies between two steps counts as
+        the step that costs less."""
+        return None
+
+    def at(self, stage: str) -> Method:
+        """The method in this one that acts at `stage`; the plain model where none does."""
+        return self if stage in self.stages else Method()
 
     def dialled(self) -> list[Method]:
         """The methods in this one that have a native setting to turn."""

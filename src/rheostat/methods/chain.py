@@ -16,7 +16,7 @@ from rheostat.methods.base import Method, Progress, no_progress
 from rheostat.speculate.drafter import Drafter, Stopping
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
@@ -59,6 +59,11 @@ class Chain(Method):
         """Every method must accept the model."""
         for method in self.methods:
             method.check(model)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Every method must accept the tokenizer."""
+        for method in self.methods:
+            method.check_tokenizer(tokenizer)
 
     def attach(self, model: PreTrainedModel) -> None:
         """In order; a failure takes off again what was attached."""

@@ -23,7 +23,7 @@ from rheostat.methods.base import Method
 from rheostat.sampling import Sampling, probabilities, sample
 from rheostat.speculate.accepting import accept_greedy, accept_sampled
 from rheostat.speculate.drafter import LONGEST_DRAFT, Draft, Drafter, State
-from rheostat.spending import as_phase, current_spending
+from rheostat.spending import current_spending, in_phase
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _check(state: State, draft: Draft) -> torch.Tensor:
     """The model's logits [B, G + 1, V] after the newest token and after each drafted one."""
     block = torch.cat([state.token_ids[:, -1:], draft.token_ids], 1)
     spending = current_spending()
-    with as_phase("decode"), nullcontext() if spending is None else spending.meter.checking():
+    with in_phase("decode"), nullcontext() if spending is None else spending.meter.checking():
         return state.method.verify(state.model, block, pad(state.mask, (0, block.shape[1] - 1), value=1), state.cache)
 
 
