@@ -173,10 +173,10 @@ class Adapted(nn.Module):
             SettingError: no such setting; or `native` was asked for and cannot be had.
         """
         check_runtime(runtime)
-        format = check_format(weights, self.dtype)
-        if runtime == "stock":
-            return None
         try:
+            format = check_format(weights, self.dtype)
+            if runtime == "stock":
+                return None
             if stages := self.method.acts_at() - KNOWN_STAGES:
                 raise Unsupported(f"a method at the stage {sorted(stages)[0]}")
             if (spending := current_spending()) is not None and spending.override is not None:
