@@ -21,7 +21,7 @@ from rheostat.kernels import library
 from rheostat.methods.base import MeteredFFN, Method
 from rheostat.runtime.building import Unsupported
 from rheostat.runtime.choosing import KNOWN_STAGES, OWN_GENERATE, check_runtime, refuse
-from rheostat.runtime.engine import Runtime
+from rheostat.runtime.engine import Runtime, Runtimes
 from rheostat.runtime.generating import generate
 from rheostat.runtime.packing import check_format
 from rheostat.speculate.drafter import Drafter
@@ -86,8 +86,7 @@ class Adapted(nn.Module):
         self._read: WeakKeyDictionary[Any, tuple[int, list[int]]] = WeakKeyDictionary()
         """Cache -> its length after the newest pass, and how many of each row's tokens are not padding: what the
         masks of caches of a fixed size do not tell."""
-        self._runtimes: dict[str, Runtime] = {}
-        """Weight format -> our runtime in it."""
+        self._runtimes = Runtimes()
         decoder, head = families.decoder(model), families.head(model)
         self._handles = [
             decoder.register_forward_pre_hook(self._open_pass, with_kwargs=True),
@@ -184,8 +183,10 @@ class Adapted(nn.Module):
             if runtime == "auto" and library() is None:
                 raise Unsupported("this machine: there is no native code for it")
             found = self._runtimes.get(format)
-            if found is None or not found.fits(self.model, self.hook_ids):
-                self._runtimes.clear()  # one format at a time, and never old weights
+            if found is not None and not found.fits(self.model, self.hook_ids):
+                self._runtimes.clear()  # the weights changed: all formats hold old ones
+                found = None
+            if found is None:
                 found = self._runtimes[format] = Runtime(self.model, format, self.hook_ids)
             return found
         except Unsupported as reason:
@@ -199,6 +200,7 @@ class Adapted(nn.Module):
         self._handles = []
         self.model.__dict__.pop("_prefill", None)
         unregister_dial(self.model)
+        self._runtimes.clear()
         self.method.detach(self.model)
         return self.model
 

@@ -32,8 +32,9 @@ def test_tables_and_figures(rheostat, dial_folder: Path, tiny_text: Path, tmp_pa
     for cell in cells:
         rows = [row for row in figures["rows"] if (row["prompt"], row["batch"]) == cell]
         assert {row["side"] for row in rows[:3]} == stock
-        assert [row["side"] for row in rows[3:]] == ["dial 1", "dial 0.8"]
-        full, low = rows[3:]
+        native = [f"native {format} {compute}" for format in ("bf16", "int8") for compute in (1, 0.8)]
+        assert [row["side"] for row in rows[3:]] == ["dial 1", "dial 0.8", *native]
+        full, low = rows[3:5]
         assert full["compute"] == 1.0
         assert low["compute"] < 1
         assert low["token"]["flops"] < full["token"]["flops"]
@@ -77,9 +78,9 @@ def test_times_join_the_report_of_the_same_model(rheostat, dial_folder, tiny_tex
 @pytest.mark.slow
 def test_memory_of_each_side_and_a_dense_model(rheostat, tiny_model_folder: Path):
     small = ("--prompts", "16", "--batch", "1", "--new", "2", "--rounds", "1", "--stock", "fp32", "--compute", "1.0")
-    done = rheostat("bench", tiny_model_folder, *small, "--json")
+    done = rheostat("bench", tiny_model_folder, *small, "--weights", "int8", "--json")
     assert done.status == 0, done.err
-    assert [row["side"] for row in done.figures["memory"]] == ["stock float32", "dial 1"]
+    assert [row["side"] for row in done.figures["memory"]] == ["stock float32", "dial 1", "native int8 1"]
     for row in done.figures["memory"]:
         assert row["peak_bytes"] >= row["loaded_bytes"] > 50e6
     assert "memory, prompt 16, batch 1" in done.out
@@ -87,7 +88,7 @@ def test_memory_of_each_side_and_a_dense_model(rheostat, tiny_model_folder: Path
 
 
 def test_the_default_dial_goes_as_far_as_it_reaches(rheostat, tiny_model_folder: Path):
-    done = rheostat("bench", tiny_model_folder, *SMALL, *ALONE, "--stock", "", "--json")
+    done = rheostat("bench", tiny_model_folder, *SMALL, *ALONE, "--stock", "", "--weights", "", "--json")
     assert {row["side"] for row in done.figures["rows"]} == {"dial 1"}
     assert done.figures["rows"][0]["token"]["speedup"] is None
 
@@ -131,6 +132,7 @@ def test_llama_joins_in_where_it_is_installed(rheostat, tiny_model_folder: Path,
         (["--rounds", "0"], "rounds=0: must be 1 or more"),
         (["--threads", "-1"], "threads=-1: must be 0 or more"),
         (["--dtype", "float8"], "dtype='float8': must be one of float32"),
+        (["--weights", "int3"], "weights='int3': must be one of auto, fp32"),
         (["--stock", "float32,int3"], "stock='int3': must be one of float32"),
         (["--device", "abacus"], "device='abacus': must be a device of this machine"),
         (["--data", "none"], "data='none': must be an existing file"),

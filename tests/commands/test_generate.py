@@ -53,6 +53,23 @@ def test_the_same_tokens_as_the_library_with_the_same_widths(rheostat, dial_fold
     assert meter.token_fractions()[5:] == pytest.approx(answer["ffn_fractions"])
 
 
+def test_the_runtime_can_be_chosen(rheostat, refused, dial_folder: Path):
+    common = ("generate", dial_folder, "Rivers", "--max-new-tokens", 6, "--compute", "0.8", "--json")
+    answers = {}
+    for name in ("stock", "native"):
+        done = rheostat(*common, "--runtime", name)
+        answers[name] = done.figures["answers"][0]
+        assert f"({answers[name]['runtime']})" in done.out
+    assert answers["stock"]["runtime"] == "transformers"
+    assert answers["native"]["runtime"] == "native fp32"
+    assert answers["stock"]["token_ids"] == answers["native"]["token_ids"]
+    assert answers["stock"]["bill"]["cost"] == answers["native"]["bill"]["cost"]
+    low = rheostat(*common, "--runtime", "native", "--weights", "bf16").figures["answers"][0]
+    assert low["runtime"] == "native bf16"
+    assert "runtime='ours': must be one of auto" in refused(*common, "--runtime", "ours")
+    assert "weights='int3': must be one of auto" in refused(*common, "--weights", "int3")
+
+
 def test_phases_apart(rheostat, dial_folder: Path):
     common = ("generate", dial_folder, "Hello", "--max-new-tokens", 3, "--prefill-compute", "0.8", "--json")
     answer = rheostat(*common).figures["answers"][0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -85,3 +88,15 @@ def test_going_on_from_another_cache():
         for place in range(18, 24):
             a, b = (one.step(IDS[:, place].contiguous(), None) for one in (batch, direct))
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_ran_can_be_copied():
+    adapted = tiny_adapted()
+    ids = adapted.generate(IDS, max_new_tokens=4, do_sample=False, runtime="native")
+    assert len(adapted._runtimes) == 1
+    twin = copy.deepcopy(adapted._runtimes), pickle.loads(pickle.dumps(adapted._runtimes))
+    assert twin == ({}, {})
+    assert adapted.runtime("native") is adapted.runtime("auto", "fp32")
+    host = adapted.detach()
+    assert not adapted._runtimes
+    assert torch.equal(host.generate(IDS, max_new_tokens=4, do_sample=False), ids)

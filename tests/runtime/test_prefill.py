@@ -9,7 +9,7 @@ from rheostat.runtime.building import build
 from rheostat.runtime.cache import KVCache
 from rheostat.runtime.packing import prefill_form
 from rheostat.runtime.plain import nested_ffn, product
-from rheostat.runtime.prefill import Prompt, grouped_ffn, prefill, whole_ffn
+from rheostat.runtime.prefill import Prompt, causal, grouped_ffn, prefill, whole_ffn
 from rheostat.runtime.rope import RopeTable
 from tests.tiny import VOCAB, tiny_adapted, tiny_model
 
@@ -47,6 +47,18 @@ def test_logits_and_cache_are_those_of_transformers(family):
                 theirs = expected.past_key_values.layers[layer]
                 for ours, other in ((cache.keys, theirs.keys), (cache.values, theirs.values)):
                     torch.testing.assert_close(ours[layer, row, :, :length], other[row, :, -length:])
+
+
+@pytest.mark.parametrize("length", [256, 257, 400, 512, 513])
+@pytest.mark.parametrize("window", [0, 100])
+def test_attention_in_parts(length, window):
+    generator = torch.Generator().manual_seed(length)
+    q, k, v = (torch.randn(heads, length, 8, generator=generator) for heads in (4, 2, 2))
+    back = torch.arange(length)[:, None] - torch.arange(length)
+    seen = (back >= 0) & ((back < window) if window else True)
+    scores = torch.einsum("htd,hsd->hts", q, k.repeat_interleave(2, 0)) * 0.3
+    wanted = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 0)
+    torch.testing.assert_close(causal(q, k, v, scale=0.3, window=window), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_is_near():

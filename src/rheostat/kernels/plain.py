@@ -49,7 +49,9 @@ def activate(x: torch.Tensor, name: str) -> torch.Tensor:
     """One of `structs.ACTIVATIONS`."""
     if name == "gelu_tanh":
         return nn.functional.gelu(x, approximate="tanh")
-    return {"silu": nn.functional.silu, "gelu": nn.functional.gelu, "relu": nn.functional.relu}[name](x)
+    if name == "gelu":
+        return nn.functional.gelu(x)
+    return nn.functional.silu(x) if name == "silu" else nn.functional.relu(x)
 
 
 def decode_attention(

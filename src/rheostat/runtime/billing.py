@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
+from rheostat.cost import Cost, attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
 from rheostat.geometry import Geometry
-from rheostat.meter import Meter
+from rheostat.meter import PARTS, Meter
 from rheostat.runtime.weights import DecoderWeights
 
 
@@ -42,13 +42,15 @@ class Biller:
         self.router_weights = sum(ffn.router.num_weights for ffn in ffns if ffn.router is not None)
         self._kinds = Counter(geometry.windows or (0,) * geometry.num_layers)
         fixed = attention_weight_bytes(geometry, itemsize) + ffn_cost(geometry, 0, self.num_plain, itemsize)
-        self._per_pass = fixed + head_cost(geometry, 0, itemsize)
-        self._per_token = (
+        per_pass = fixed + head_cost(geometry, 0, itemsize)
+        per_token = (
             attention_cost(geometry, 1, 0, itemsize)
             + ffn_cost(geometry, 1, self.num_plain, 0)
             + embedding_cost(geometry, 1, itemsize)
             + head_cost(geometry, 1, 0)
         )
+        self._rates = [_rates(part, per_pass, per_token) for part in PARTS]
+        """Of each part that a step has: its name, FLOPs and bytes a pass, FLOPs and bytes a token."""
 
     def prefill(
         self,
@@ -93,7 +95,10 @@ class Biller:
         valid = torch.ones(num_rows, 1, dtype=torch.bool)
         for _ in range(num_steps):
             meter.open_pass("decode", valid, self.geometry.num_layers, full)
-        meter.bill(self._per_pass.times(num_steps) + self._per_token.times(num_steps * num_rows))
+        for part, flops, num_bytes, token_flops, token_bytes in self._rates:
+            flops = num_steps * (flops + num_rows * token_flops)
+            num_bytes = num_steps * (num_bytes + num_rows * token_bytes)
+            meter.add(part, flops, num_bytes, flops, num_bytes)
         self._context(meter, pasts, num_steps)
         if self.routed:
             shape = (num_steps, len(self.routed), num_rows)
@@ -151,3 +156,8 @@ class Biller:
                 meter.experts(place, torch.zeros_like(view), sizes[: len(view)])
                 meter.expert_counts[place] = view
         tally.totals += counts
+
+
+def _rates(part: str, per_pass: Cost, per_token: Cost) -> tuple[str, int, int, int, int]:
+    pairs = [(getattr(cost.flops, part), getattr(cost.bytes, part)) for cost in (per_pass, per_token)]
+    return (part, *pairs[0], *pairs[1])

@@ -124,6 +124,17 @@ class Runtime:
         return found.float() if found is not None and bool((found > 0).any()) else None
 
 
+class Runtimes(dict[str, Runtime]):
+    """Weight format -> the runtime in it. Left out when the model that has them is copied or pickled: they are made
+    again, and native code cannot be."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtimes:
+        return Runtimes()
+
+    def __reduce__(self) -> tuple[type[Runtimes], tuple[()]]:
+        return (Runtimes, ())
+
+
 class Batch:
     """Prompts that were read, and their answers as far as they are written."""
 

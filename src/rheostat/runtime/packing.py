@@ -83,7 +83,7 @@ def prefill_form(weights: DecoderWeights, dtype: torch.dtype) -> DecoderWeights:
 
 def prefill_dtype(format: str) -> torch.dtype:
     """What to read prompts in: float32 for float32 weights; else bfloat16 where the processor multiplies it."""
-    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if format != "fp32" and has_bf16 else torch.float32
 
 

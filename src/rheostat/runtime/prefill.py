@@ -6,6 +6,7 @@ apart. Where a router chose, tokens are sorted by width and each block of channe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,10 @@ from rheostat.runtime.weights import DecoderWeights, FFNWeights, LayerWeights
 
 QUERY_BLOCK = 1024
 """Queries that attend at once where a window needs a mask: bounds the mask's memory."""
+
+SHORT_BLOCK = 256
+"""Prompts of one to two of these attend in two parts: torch's kernel takes 512 keys at a time, and so would compute
+the whole square of a prompt that short."""
 
 
 @dataclass(frozen=True)
@@ -123,32 +128,41 @@ def _attention(
         rows = [one[0, mine].transpose(0, 1) for one in (q, k, v)]  # [heads, T, d]
         cache.keys[place, row, :, :length] = rows[1]
         cache.values[place, row, :, :length] = rows[2]
-        outs.append(_causal(*rows, scale=weights.attention_scale, window=layer.window).transpose(0, 1).flatten(1))
+        outs.append(causal(*rows, scale=weights.attention_scale, window=layer.window).transpose(0, 1).flatten(1))
         start += length
     return linear(outs[0] if len(outs) == 1 else torch.cat(outs), dense(layer.o), layer.o_bias)
 
 
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, window: int) -> torch.Tensor:
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, window: int) -> torch.Tensor:
     """One row's heads: queries [H, T, d], keys and values [K, T, d]. Returns [H, T, d]."""
     groups, length = q.shape[0] // k.shape[0], q.shape[1]
     if groups > 1:  # repeated, because the fast kernel of torch does not take groups
         k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
     attend = nn.functional.scaled_dot_product_attention
-    if not window or length <= window:
+    window = window if window < length else 0
+    if not window and not SHORT_BLOCK < length <= 2 * SHORT_BLOCK:
         return attend(q[None], k[None], v[None], is_causal=True, scale=scale)[0]
+    size = QUERY_BLOCK if window else SHORT_BLOCK
     parts = []
-    for first in range(0, length, QUERY_BLOCK):
-        last = min(length, first + QUERY_BLOCK)
-        low = max(0, first - window + 1)
-        back = torch.arange(first, last)[:, None] - torch.arange(low, last)
-        seen = (back >= 0) & (back < window)
-        parts.append(attend(q[None, :, first:last], k[None, :, low:last], v[None, :, low:last], seen, scale=scale)[0])
+    for first in range(0, length, size):
+        last = min(length, first + size)
+        low = max(0, first - window + 1) if window else 0
+        mask = _mask(first - low, last - first, window, q.dtype)
+        parts.append(attend(q[None, :, first:last], k[None, :, low:last], v[None, :, low:last], mask, scale=scale)[0])
     return torch.cat(parts, 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _mask(past: int, num_queries: int, window: int, dtype: torch.dtype) -> torch.Tensor:
+    """What to add to the scores [T, past + T] of queries after `past` keys: 0, or minus infinity."""
+    back = torch.arange(past, past + num_queries)[:, None] - torch.arange(past + num_queries)
+    hidden = (back < 0) | (back >= window) if window else back < 0
+    return torch.zeros(back.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 def whole_ffn(ffn: FFNWeights, x: torch.Tensor, activation: str) -> torch.Tensor:
     """The full FFN of tokens x [N, D]."""
-    hidden = activate(linear(x, dense(ffn.gate)), activation) * linear(x, dense(ffn.up))
+    hidden = gated(x, dense(ffn.gate), dense(ffn.up), activation)
     down, bias = ffn.down_of(len(ffn.sizes) - 1)
     return linear(hidden, dense(down), bias)
 
@@ -166,9 +180,7 @@ def grouped_ffn(ffn: FFNWeights, x: torch.Tensor, choice: torch.Tensor, activati
     start = 0
     for expert, stop in enumerate(ffn.sizes):
         if rows := reach[expert]:
-            narrow = ordered[:rows]
-            block = activate(linear(narrow, gate[start:stop]), activation)
-            torch.mul(block, linear(narrow, up[start:stop]), out=hidden[:rows, start:stop])
+            hidden[:rows, start:stop] = gated(ordered[:rows], gate[start:stop], up[start:stop], activation)
         start = stop
     out = torch.empty_like(x)
     for expert, size in enumerate(ffn.sizes):
@@ -177,6 +189,14 @@ def grouped_ffn(ffn: FFNWeights, x: torch.Tensor, choice: torch.Tensor, activati
             down, bias = ffn.down_of(expert)
             out[low:high] = linear(hidden[low:high, :size], dense(down)[:, :size], bias)
     return torch.empty_like(x).index_copy_(0, order, out)
+
+
+def gated(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """act(gate x) * (up x) for tokens x [N, D]; in bfloat16 with both products' last steps done within them."""
+    if x.dtype == torch.bfloat16 and activation == "silu":
+        opened = torch.ops.mkldnn._linear_pointwise(x, gate, None, "swish", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, opened, up, None, "mul")
+    return activate(linear(x, gate), activation) * linear(x, up)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -59,12 +59,28 @@ INLINE Piece piece_at(float* scratch, int64_t index, int group, int head_dim) {
     return {p + wide, p + wide + group, p};
 }
 
+// to[g] += weights[g][s] * values[s] for `Count` slots.
+template <int Type, int Vectors, int Count>
+INLINE void add_values(const typename Stored<Type>::T* values, const float* weights, int group, int d, float* to) {
+    const int wide = round_up(d, kLanes);
+    for (int i = 0; i < wide; i += kLanes) {
+        F16 value[Count];
+        for (int j = 0; j < Count; j++)
+            value[j] = Vectors ? Stored<Type>::get(values + j * d + i) : get_part<Type>(values + j * d + i, std::min(kLanes, d - i));
+        for (int g = 0; g < group; g++) {
+            F16 sum = load(to + g * wide + i);
+            for (int j = 0; j < Count; j++) sum += value[j] * weights[g * kBlock + j];
+            store(to + g * wide + i, sum);
+        }
+    }
+}
+
 // Slots [begin, end) for the queries q [G, d'] (scaled, padded with zeros to d'). `Vectors` is d' / 16, or 0 for any.
 template <int Type, int Vectors>
 static void attend(const Attention& a, const float* q, const void* keys, const void* values, int begin, int end, int group,
                    Piece out, std::vector<float>& buffer) {
     typedef typename Stored<Type>::T T;
-    const int d = a.head_dim, wide = round_up(d, kLanes), vectors = Vectors ? Vectors : wide / kLanes;
+    const int d = Vectors ? Vectors * kLanes : a.head_dim, wide = round_up(d, kLanes), vectors = wide / kLanes;
     const int tail = d - (vectors - 1) * kLanes;
     if (buffer.size() < (size_t)group * kBlock) buffer.resize((size_t)group * kBlock);
     float* scores = buffer.data();
@@ -120,24 +136,10 @@ static void attend(const Attention& a, const float* q, const void* keys, const v
             if (keep != 1)
                 for (int i = 0; i < vectors; i++) store(to + i * kLanes, load(to + i * kLanes) * keep);
         }
-        for (int s = 0; s < n; s += 4) {
-            const int m = n - s < 4 ? n - s : 4;
-            const T* v = (const T*)values + (int64_t)(first + s) * d;
-            for (int i = 0; i < vectors; i++) {
-                const int part = i + 1 < vectors ? kLanes : tail;
-                F16 value[4];
-                for (int j = 0; j < 4; j++) value[j] = j < m ? get_part<Type>(v + j * d + i * kLanes, part) : F16{};
-                for (int g = 0; g < group; g++) {
-                    const float* weight = scores + g * kBlock + s;
-                    float* to = out.values + g * wide + i * kLanes;
-                    F16 sum01 = load(to) + value[0] * weight[0];
-                    if (m > 1) sum01 += value[1] * weight[1];
-                    if (m > 2) sum01 += value[2] * weight[2];
-                    if (m > 3) sum01 += value[3] * weight[3];
-                    store(to, sum01);
-                }
-            }
-        }
+        const T* v = (const T*)values + (int64_t)first * d;
+        int s = 0;
+        for (; s + 4 <= n; s += 4) add_values<Type, Vectors, 4>(v + s * d, scores + s, group, d, out.values);
+        for (; s < n; s++) add_values<Type, Vectors, 1>(v + s * d, scores + s, group, d, out.values);
     }
 }
 
