@@ -30,7 +30,7 @@ def summary(report: Report) -> Table | None:
         runs = {(run["kind"], run["asked"]): run for run in report["texts"][0]["runs"]}
         columns.insert(0, ("spent", {key: f"{run['compute']:.3f}" for key, run in runs.items()}))
         flops = {key: short(run["flops_per_token"]) for key, run in runs.items() if "flops_per_token" in run}
-        moved = {key: f"{short(count)}B" for key, run in runs.items() if (count := run.get("bytes_per_token"))}
+        moved = {key: f"{short(size)}B" for key, run in runs.items() if (size := run.get("bytes_per_token"))}
         columns += [("FLOPs a token", flops), ("bytes to decode a token", moved)]
     times = _times(report.get("bench", []))
     for heading, field in (("first token, ms", "ttft_ms"), ("tokens/s", "tokens_per_s")):
