@@ -55,6 +55,20 @@ def read_prompts(adapted: Adapted, prompts: torch.Tensor) -> Cache:
     return cache
 
 
+def read_and_answer(adapted: Adapted, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take the first part of each window [N, T] for a prompt, read through the method, and the rest for the answer,
+    scored in one pass on the cache that was filled.
+
+    Returns:
+        Logits [N, A, V] and the tokens that they should have predicted, [N * A].
+    """
+    num_prompt = max(1, round(PROMPT_SHARE * windows.shape[1]))
+    cache = read_prompts(adapted, windows[:, :num_prompt])
+    with in_phase("decode"):
+        logits = adapted(input_ids=windows[:, num_prompt:-1], past_key_values=cache, use_cache=True).logits
+    return logits, windows[:, num_prompt + 1 :].flatten()
+
+
 @torch.no_grad()
 def measure_compute(
     adapted: Adapted, windows: torch.Tensor, native: dict[str, float], batch_tokens: int = 2048
@@ -151,18 +165,13 @@ def measure_quality(
 ) -> tuple[float, float]:
     """`compute` spent and loss in nats a token when the first part of each window [N, T] is a prompt and the rest is
     written after it, at a native setting of several methods."""
-    num_prompt = max(1, round(PROMPT_SHARE * windows.shape[1]))
-    readers = {method.name for method in adapted.method.dialled() if method.reads_prompts}
-    writing = {name: 0.0 if name in readers else value for name, value in native.items()}
-    total, meter = 0.0, Meter(keep_passes=False)
+    total, count, meter = 0.0, 0, Meter(keep_passes=False)
     for batch in windows.to(adapted.device).split(max(1, batch_tokens // windows.shape[1])):
         with spend(native=native, meter=meter):
-            cache = read_prompts(adapted, batch[:, :num_prompt])
-        with spend(native=writing, meter=meter), in_phase("decode"):
-            logits = adapted(input_ids=batch[:, num_prompt:-1], past_key_values=cache, use_cache=True).logits
-        targets = batch[:, num_prompt + 1 :].flatten()
+            logits, targets = read_and_answer(adapted, batch)
         total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum"))
-    return meter.compute, total / (len(windows) * (windows.shape[1] - num_prompt - 1))
+        count += len(targets)
+    return meter.compute, total / count
 
 
 def _calibrate_jointly(adapted: Adapted, dialled: list[Method], windows: torch.Tensor, progress: Progress) -> Dial:

@@ -134,9 +134,9 @@ class CacheMaps(families.Attachment):
         """
         super().__init__()
         self.auxiliary = families.decoder(auxiliary)
-        self.head = (
-            None if families.head(auxiliary).weight is self.auxiliary.embed_tokens.weight else families.head(auxiliary)
-        )  # type: ignore[union-attr]
+        head = families.head(auxiliary)
+        self.head = None if head.weight is auxiliary.get_input_embeddings().weight else head
+        """Of its own; None where it is the embedding's matrix."""
         self.host = [auxiliary]  # in a list, so that its parameters do not count twice
         self.layer_map, self.sizes = tuple(layer_map), tuple(sizes)
         own = [one.size for one in families.key_values(auxiliary)]
@@ -163,8 +163,7 @@ class CacheMaps(families.Attachment):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The auxiliary's own logits [B, T, V]."""
-        weight = self.auxiliary.embed_tokens.weight if self.head is None else self.head.weight  # type: ignore[union-attr]
-        return linear(hidden, cast(torch.Tensor, weight))
+        return linear(hidden, cast(torch.Tensor, families.head(self.host[0]).weight))
 
     def read(
         self,

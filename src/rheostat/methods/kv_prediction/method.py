@@ -36,8 +36,8 @@ class KVPrediction(Method):
     reads_prompts: ClassVar[bool] = True
 
     auxiliary: str = auxiliary.PREFIX
-    """What reads the prompt: prefix (the model's own first layers), pruned (a copy with layers left out), or the name or
-    folder of a smaller model with the same tokenizer."""
+    """What reads the prompt: prefix (the model's own first layers), pruned (a copy with layers left out), or the name
+    or folder of a smaller model with the same tokenizer."""
     kept: tuple[float, ...] = (0.5,)
     """For a pruned auxiliary: the share of the layers that it keeps, or a list of them."""
     layer_map: tuple[int, ...] = ()

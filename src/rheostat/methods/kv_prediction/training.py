@@ -72,12 +72,14 @@ def loss(
     """See `KVPrediction.loss`. The parts logged are `lm`, `distill`, `z`, `auxiliary` and `consistency`."""
     held = list(predictors(model).values())
     predictor = held[int(torch.randint(len(held), ()))]
-    own = isinstance(predictor, CacheMaps)
     keep = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     is_first = keep.long().cumsum(1) <= 1  # and the padding before it, which nobody sees
     with torch.no_grad(), recording(model, predictor.depth) as targets:
         dense = model(**batch, use_cache=False).logits
-    hidden, given = predictor.run(batch["input_ids"], batch.get("attention_mask"), None) if own else (None, None)
+    told, given = None, None
+    if isinstance(predictor, CacheMaps):
+        hidden, given = predictor.run(batch["input_ids"], batch.get("attention_mask"), None)
+        told = predictor.logits(hidden) if method.auxiliary_weight else None
     with predicting(model, predictor, is_first, given) as made:
         logits = model(**batch, use_cache=False).logits
     teacher = dense if method.distill_weight else None
@@ -85,8 +87,7 @@ def loss(
     z = _z(logits, keep)
     distance = consistency(model, predictor, made, targets, keep)
     total = method.base_weight * (lm + method.z_weight * z) + method.consistency_weight * distance
-    if own and method.auxiliary_weight:
-        told = predictor.logits(hidden)
+    if told is not None:
         auxiliary = language_loss(told, batch, None, 0.0)[0] + method.z_weight * _z(told, keep)
         total, parts = total + method.auxiliary_weight * auxiliary, parts | {"auxiliary": float(auxiliary.detach())}
     return total, parts | {"z": float(z.detach()), "consistency": float(distance.detach())}
