@@ -49,10 +49,10 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3
 CONTRACT_FAMILIES = ("llama", "qwen3", "gemma3_text", "phi3")
 
 
-def tiny_model(family: str = "llama", seed: int = 0) -> PreTrainedModel:
+def tiny_model(family: str = "llama", seed: int = 0, *, layers: int = 2) -> PreTrainedModel:
     """A random causal LM whose predictions are far from uniform, so that differences show."""
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[family](**SIZES | EXTRA.get(family, {}))
+    config = CONFIG_MAPPING[family](**SIZES | EXTRA.get(family, {}) | {"num_hidden_layers": layers})
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -92,6 +92,7 @@ def adapt(
     fit, train = fit or FitSettings(), train or TrainSettings()
     torch.manual_seed(seed)
     method.check(model)
+    method.check_tokenizer(tokenizer)
     if train.tokens:
         from rheostat.train.trainer import check_settings
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rheostat import families
+from rheostat.caches.hierarchical import HierarchicalCache
 from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
 from rheostat.dial import Dial
 from rheostat.geometry import Geometry
@@ -21,10 +24,27 @@ from rheostat.runtime.choosing import KNOWN_STAGES, OWN_GENERATE, check_runtime,
 from rheostat.runtime.engine import Runtime, Runtimes
 from rheostat.runtime.generating import generate
 from rheostat.runtime.packing import check_format
-from rheostat.spending import Compute, Pass, Spending, current_pass, current_spending, enter_pass, spend
+from rheostat.speculate.drafter import Drafter
+from rheostat.speculate.generating import generate as draft_and_check
+from rheostat.speculate.generating import make_drafter
+from rheostat.spending import (
+    Compute,
+    Pass,
+    current_pass,
+    current_phase,
+    current_spending,
+    enter_pass,
+    register_dial,
+    spend,
+    unregister_dial,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+OWN_CACHE = ("past_key_values", "cache_implementation")
+"""Arguments of `generate` by which a caller chooses the cache."""
 
 
 class Adapted(nn.Module):
@@ -55,6 +75,9 @@ class Adapted(nn.Module):
         self.geometry = Geometry.from_config(model.config)
         self.method.attach(model)
         self.model = model
+        register_dial(model, self._settings)
+        if self.method.at("prefill").reads_prompts:
+            model._prefill = self._read_prompt  # the seam of the host's `generate`, in all its modes
         self.dial = dial or Dial()
         self.report: dict[str, Any] = dict(report or {})
         """How this model was made: filled by `adapt`, saved with the artifact."""
@@ -101,6 +124,9 @@ class Adapted(nn.Module):
         compute: Compute | Mapping[str, Compute] | None = None,
         runtime: str = "auto",
         weights: str = "auto",
+        speculate: str | Drafter | None = None,
+        draft_compute: float | None = None,
+        draft_risk: float = 1.0,
         **kwargs: Any,
     ) -> Any:
         """The host's `generate` at `compute` (see `rheostat.spend`); left out, the enclosing `spend` decides.
@@ -111,14 +137,19 @@ class Adapted(nn.Module):
             runtime: `auto` runs what it can on our own runtime and the rest on `transformers`; `native` refuses the
                 rest; `stock` is `transformers` always.
             weights: what our runtime holds the weights in: fp32, bf16, fp16, int8, int4; `auto` is the model's dtype.
+            speculate: how to draft: `self`, `low_dial`, `prompt_lookup`, `streaming_llm`, `snapkv`, or a `Drafter`.
+                Then `draft_length` is how much; `speculate.generating.generate` has the other arguments.
+            draft_compute: of the `low_dial` draft; left out, the least that the dial reaches.
+            draft_risk: stop drafting when the draft's own probabilities put the risk of a rejection above this.
 
         Raises:
             SettingError: a setting is not one of these, or our runtime was asked for and cannot run this.
         """
-        if compute is None:
-            return self._generate(args, kwargs, runtime, weights)
         outer = current_spending()
-        with spend(compute, meter=outer.meter if outer else None):
+        with nullcontext() if compute is None else spend(compute, meter=outer.meter if outer else None):
+            if speculate is not None:
+                drafter = make_drafter(speculate, self.method, self.dial.low, compute=draft_compute, risk=draft_risk)
+                return draft_and_check(self.model, self.method, drafter, *args, **kwargs)
             return self._generate(args, kwargs, runtime, weights)
 
     def _generate(self, args: tuple[Any, ...], kwargs: dict[str, Any], runtime: str, weights: str) -> Any:
@@ -130,6 +161,8 @@ class Adapted(nn.Module):
                 return generate(self.model, native, self.settings, args, kwargs)
         except Unsupported as reason:
             refuse(runtime, reason)
+        if "cache" in self.method.acts_at() and not any(kwargs.get(name) for name in OWN_CACHE):
+            kwargs = kwargs | {"past_key_values": self.method.make_cache(self.model)}
         return self.model.generate(*args, **kwargs)
 
     def runtime(self, runtime: str = "auto", weights: str = "auto") -> Runtime | None:
@@ -139,10 +172,10 @@ class Adapted(nn.Module):
             SettingError: no such setting; or `native` was asked for and cannot be had.
         """
         check_runtime(runtime)
-        format = check_format(weights, self.dtype)
-        if runtime == "stock":
-            return None
         try:
+            format = check_format(weights, self.dtype)
+            if runtime == "stock":
+                return None
             if stages := self.method.acts_at() - KNOWN_STAGES:
                 raise Unsupported(f"a method at the stage {sorted(stages)[0]}")
             if (spending := current_spending()) is not None and spending.override is not None:
@@ -165,6 +198,8 @@ class Adapted(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.model.__dict__.pop("_prefill", None)
+        unregister_dial(self.model)
         self._runtimes.clear()
         self.method.detach(self.model)
         return self.model
@@ -174,6 +209,24 @@ class Adapted(nn.Module):
         """Of the hooks set on the host, as `torch` numbers them."""
         return frozenset(handle.id for handle in self._handles)
 
+    def _read_prompt(
+        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        """The host's `_prefill` through the method's own `prefill`, whenever a prompt is only to be continued."""
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        wants_more = generation_config.output_hidden_states or generation_config.output_attentions
+        chunks = generation_config.prefill_chunk_size
+        if cache is None or wants_more or chunks or model_kwargs.get("inputs_embeds") is not None:
+            return type(self.model)._prefill(self.model, input_ids, generation_config, model_kwargs, **kwargs)
+        past = int(cache.get_seq_length())
+        if mask is None:
+            mask = torch.ones_like(input_ids)
+        if mask.dim() != 2 or (past and mask.shape[1] not in (input_ids.shape[1], past + input_ids.shape[1])):
+            return type(self.model)._prefill(self.model, input_ids, generation_config, model_kwargs, **kwargs)
+        news = input_ids[:, past:] if mask.shape[1] == input_ids.shape[1] else input_ids
+        logits = self.method.prefill(self.model, news, mask, cache)
+        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
+
     # -- hooks
 
     def _open_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -181,27 +234,30 @@ class Adapted(nn.Module):
         num_rows, num_tokens = tokens.shape[:2]
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        phase = "decode" if past and num_tokens == 1 else "prefill"
+        phase = current_phase() or ("decode" if past and num_tokens == 1 else "prefill")
         mask = kwargs.get("attention_mask")
         mask = _plain_mask(mask, num_rows, num_tokens, past)
         valid, first = _marks(mask, num_rows, num_tokens, past, tokens.device)
         spending = current_spending()
-        settings = self._settings(spending, phase, num_rows, tokens.device)
+        settings = self._settings(phase, num_rows, tokens.device)
         is_plain = phase == "decode" and (mask is None or bool((valid & ~first).all()))
         enter_pass(Pass(phase, valid, first, settings, is_plain=is_plain, past=past, mask=mask))
+        if isinstance(cache, HierarchicalCache) and not past and mask is not None:
+            cache.mark_padding(mask)
         if spending is not None:
             full = self.geometry.ffn_size
             spending.meter.open_pass(phase, valid, self.geometry.num_layers, full)
+            if isinstance(cache, HierarchicalCache):
+                spending.meter.add("scores", 0, -cache.saved_bytes, 0, 0)
             if self._num_plain_ffns:
                 spending.meter.widths(valid.long() * full * self._num_plain_ffns)
 
     def settings(self, phase: str, num_rows: int) -> dict[str, torch.Tensor]:
         """The native settings [B] that the enclosing `spend` asks for in a phase; empty when all run dense."""
-        return self._settings(current_spending(), phase, num_rows, self.device)
+        return self._settings(phase, num_rows, self.device)
 
-    def _settings(
-        self, spending: Spending | None, phase: str, num_rows: int, device: torch.device
-    ) -> dict[str, torch.Tensor]:
+    def _settings(self, phase: str, num_rows: int, device: torch.device) -> dict[str, torch.Tensor]:
+        spending = current_spending()
         if spending is None:
             return {}
         if spending.native is not None:

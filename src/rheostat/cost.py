@@ -178,3 +178,19 @@ def decode_cost(geometry: Geometry, *, num_steps: int, past: int, itemsize: int,
     for step in range(num_steps):
         cost += dense_cost(geometry, num_tokens=1, past=past + step, num_logits=1, itemsize=itemsize, num_rows=num_rows)
     return cost
+
+
+def rows_decode_cost(geometry: Geometry, *, news: list[int], pasts: list[int], num_steps: int, itemsize: int) -> Cost:
+    """What plain decoding takes to write another number of tokens in each row.
+
+    Args:
+        news: tokens written, for each row.
+        pasts: tokens in the cache before, for each row.
+        num_steps: passes over which these rows' weights are shared: each pass reads the weights once.
+    """
+    cost = Cost()
+    for new, past in zip(news, pasts, strict=True):
+        cost += decode_cost(geometry, num_steps=new, past=past, itemsize=itemsize)
+    weights = decode_cost(geometry, num_steps=1, past=0, itemsize=itemsize).bytes
+    shared = Parts(attention=weights.attention, ffn=weights.ffn, head=weights.head)
+    return cost + Cost(bytes=shared.times(num_steps - sum(news)))

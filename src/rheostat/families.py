@@ -6,8 +6,9 @@ Every other file reaches a model through the functions here, so supporting a new
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +26,13 @@ class Family:
     post_norm: str | None = None
     """The norm between the MLP's output and the residual stream, where there is one."""
     is_fused: bool = False
-    """Gate and up are one matrix [2F, D], gate first."""
+    """Gate and up are one matrix [2F, D], gate first; query, key and value are one matrix too, in this order."""
+    has_key_norm: bool = False
+    """Keys pass a norm over each head before they are rotated."""
+    has_bare_layers: bool = False
+    """Some layers do not rotate their keys; the attention's `use_rope` says which do."""
+    has_rotary_kinds: bool = False
+    """Kinds of layers rotate differently; the attention's `layer_type` is the kind."""
 
 
 FFN_PROJECTIONS = tuple(
@@ -39,13 +46,13 @@ _GEMMA_LIKE = Family(pre_norm="pre_feedforward_layernorm", post_norm="post_feedf
 FAMILIES: dict[str, Family] = {
     "gemma": _LLAMA_LIKE,
     "gemma2": _GEMMA_LIKE,
-    "gemma3_text": _GEMMA_LIKE,
+    "gemma3_text": replace(_GEMMA_LIKE, has_key_norm=True, has_rotary_kinds=True),
     "llama": _LLAMA_LIKE,
     "mistral": _LLAMA_LIKE,
     "phi3": Family(is_fused=True),
     "qwen2": _LLAMA_LIKE,
-    "qwen3": _LLAMA_LIKE,
-    "smollm3": _LLAMA_LIKE,
+    "qwen3": Family(has_key_norm=True),
+    "smollm3": Family(has_bare_layers=True),
 }
 """`config.model_type` -> family, keyed as `transformers` names it."""
 
@@ -173,12 +180,99 @@ def plain_mlp(model: Any, layer: Any) -> GatedMLP:
     return gated_mlp(model, getattr(layer.mlp, "host", layer.mlp))
 
 
+class Attachment(nn.Module):
+    """Base of every module that a method adds to a host beside its own: no part of the plain model."""
+
+
+@dataclass(frozen=True)
+class KeyValue:
+    """One way to see how every family's attention makes the keys and values of a layer.
+
+    "Raw" keys are those that leave the projection: before the norm over each head, where the family has one, and before
+    rotation. Raw keys and values are [B, T, K * d], head by head.
+    """
+
+    model: Any
+    layer: int
+
+    @property
+    def attention(self) -> Any:
+        """The layer's attention module."""
+        return layers(self.model)[self.layer].self_attn
+
+    @property
+    def size(self) -> int:
+        """K * d: width of the raw keys, and of the values."""
+        if family_of(self.model).is_fused:
+            return self.model.config.num_key_value_heads * self.attention.head_dim
+        return self.attention.k_proj.out_features
+
+    def watch(self, seen: Callable[[str, torch.Tensor], torch.Tensor | None]) -> list[Any]:
+        """Show `seen` the raw `keys` and the `values` of every pass; what it returns, if anything, takes their place.
+
+        Returns:
+            The handles of the hooks.
+        """
+        attention, size = self.attention, self.size
+
+        def both(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+            query, key, value = output.split([output.shape[-1] - 2 * size, size, size], -1)
+            new_key, new_value = seen("keys", key), seen("values", value)
+            if new_key is None and new_value is None:
+                return None
+            return torch.cat(
+                [query, key if new_key is None else new_key, value if new_value is None else new_value], -1
+            )
+
+        if family_of(self.model).is_fused:
+            return [attention.qkv_proj.register_forward_hook(both)]
+        return [
+            attention.k_proj.register_forward_hook(lambda module, args, output: seen("keys", output)),
+            attention.v_proj.register_forward_hook(lambda module, args, output: seen("values", output)),
+        ]
+
+    def finish_keys(self, raw: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Raw keys as the cache holds them, normed and rotated: [B, T, K * d] at positions [B, T] -> [B, K, T, d]."""
+        attention, family = self.attention, family_of(self.model)
+        keys = self.norm_keys(raw).transpose(1, 2)
+        if family.has_bare_layers and not attention.use_rope:
+            return keys
+        kind = [attention.layer_type] if family.has_rotary_kinds else []
+        cos, sin = decoder(self.model).rotary_emb(raw, position_ids, *kind)  # type: ignore[operator]
+        return sys.modules[type(attention).__module__].apply_rotary_pos_emb(keys, keys, cos, sin)[1]
+
+    def norm_keys(self, raw: torch.Tensor) -> torch.Tensor:
+        """Raw keys after the family's norm over each head, still unrotated: [B, T, K * d] -> [B, T, K, d]."""
+        keys = self._heads(raw)
+        return self.attention.k_norm(keys) if family_of(self.model).has_key_norm else keys
+
+    def finish_values(self, values: torch.Tensor) -> torch.Tensor:
+        """Values as the cache holds them: [B, T, K * d] -> [B, K, T, d]."""
+        return self._heads(values).transpose(1, 2)
+
+    def _heads(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat.unflatten(-1, (-1, self.attention.head_dim))
+
+
+def key_values(model: Any) -> list[KeyValue]:
+    """How each layer makes its keys and values, first layer to last."""
+    return [KeyValue(model, layer) for layer in range(len(layers(model)))]
+
+
+def attention_norm(layer: nn.Module) -> nn.Module:
+    """The norm before a layer's attention; its input is the residual stream."""
+    return layer.input_layernorm  # type: ignore[return-value]
+
+
 def plain_state_dict(model: Any) -> dict[str, torch.Tensor]:
     """The host's own state dict under its own names, whatever a method has put around its MLPs. Tied tensors
     are kept once."""
     state: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
+    added = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Attachment))
     for name, value in model.state_dict().items():
+        if name.startswith(added):
+            continue
         before, mlp, after = name.partition(".mlp.")
         if mlp and not isinstance(model.get_submodule(f"{before}.mlp"), _host_mlp_type(model)):
             if not after.startswith("host."):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
@@ -36,6 +37,53 @@ class PassRecord:
 
 
 @dataclass
+class Speculation:
+    """What drafting came to, over rows and rounds. A round is one pass of the model for one row."""
+
+    num_rounds: int = 0
+    drafted: list[int] = field(default_factory=list)
+    """At each place of the draft, in how many rounds a token was drafted there."""
+    accepted: list[int] = field(default_factory=list)
+    """And in how many of these it was accepted."""
+
+    def add(self, num_drafted: int, num_accepted: int) -> None:
+        """One row's round."""
+        self.num_rounds += 1
+        longer = num_drafted - len(self.drafted)
+        self.drafted += [0] * longer
+        self.accepted += [0] * longer
+        for place in range(num_drafted):
+            self.drafted[place] += 1
+            self.accepted[place] += place < num_accepted
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted tokens / drafted tokens; 0 where none was drafted."""
+        return sum(self.accepted) / sum(self.drafted) if self.drafted else 0.0
+
+    @property
+    def by_place(self) -> list[float]:
+        """The same at each place of the draft; what comes after a rejection is not accepted."""
+        return [a / d for a, d in zip(self.accepted, self.drafted, strict=True)]
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Tokens written for each pass of the model: those accepted and one of its own."""
+        return 1 + sum(self.accepted) / self.num_rounds if self.num_rounds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Figures for a report."""
+        return {
+            "rounds": self.num_rounds,
+            "drafted": sum(self.drafted),
+            "accepted": sum(self.accepted),
+            "acceptance": self.acceptance,
+            "acceptance_by_place": self.by_place,
+            "tokens_per_round": self.tokens_per_round,
+        }
+
+
+@dataclass
 class Meter:
     """Counts tokens, costs and expert widths. Made by `rheostat.spend`; read it during or after the block.
 
@@ -57,6 +105,8 @@ class Meter:
     """Layer -> [E] int64, how many tokens took each expert."""
     passes: list[PassRecord] = field(default_factory=list)
     """The passes in order; `last` is the newest."""
+    speculation: Speculation = field(default_factory=Speculation)
+    """What drafts were made and accepted."""
     keep_passes: bool = True
     """Keep every pass (needed to colour tokens) or only the newest."""
     started: float = field(default_factory=time.perf_counter)
@@ -122,6 +172,7 @@ class Meter:
             yield self.expert_counts[layer], self._sizes[layer]
 
     _charged: str | None = field(default=None, repr=False)
+    _is_checking: bool = field(default=False, repr=False)
     _sizes: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     _spent: dict[str, list[int]] = field(default_factory=lambda: {part: [0, 0] for part in PARTS}, repr=False)
     _dense: dict[str, list[int]] = field(default_factory=lambda: {part: [0, 0] for part in PARTS}, repr=False)
@@ -150,6 +201,23 @@ class Meter:
         finally:
             self._charged = before
 
+    @contextmanager
+    def checking(self) -> Iterator[None]:
+        """Passes inside check drafts: what they spend counts, but what the dense model would have spent depends on how
+        many tokens come out, and is told by `owe`."""
+        before, self._is_checking = self._is_checking, True
+        try:
+            yield
+        finally:
+            self._is_checking = before
+
+    def owe(self, dense: Cost, num_tokens: int) -> None:
+        """The dense model would have spent this to write the `num_tokens` tokens that were checked and kept."""
+        self.num_decode_tokens += num_tokens
+        for part in PARTS:
+            self._dense[part][0] += getattr(dense.flops, part)
+            self._dense[part][1] += getattr(dense.bytes, part)
+
     def open_pass(self, phase: str, valid: torch.Tensor, num_layers: int, ffn_size: int) -> None:
         """A forward pass begins on the tokens marked in `valid` [B, T]."""
         if self._charged is not None:
@@ -158,7 +226,7 @@ class Meter:
         self.num_layers, self.ffn_size = num_layers, ffn_size
         record = PassRecord(phase, valid, torch.zeros(valid.shape, dtype=torch.int64, device=valid.device))
         self.passes = [*self.passes, record] if self.keep_passes else [record]
-        num_tokens = int(valid.sum())
+        num_tokens = 0 if self._is_checking else int(valid.sum())
         if phase == "prefill":
             self.num_prefill_tokens += num_tokens
         else:
@@ -168,6 +236,8 @@ class Meter:
         """Add to one part what was spent, and what the dense model would have spent in its place."""
         if self._charged is not None:
             part = part if part == "scores" else self._charged
+            dense_flops = dense_bytes = 0
+        if self._is_checking:
             dense_flops = dense_bytes = 0
         for sums, f, b in ((self._spent[part], flops, num_bytes), (self._dense[part], dense_flops, dense_bytes)):
             sums[0] += f
@@ -179,6 +249,14 @@ class Meter:
             flops, num_bytes = getattr(cost.flops, part), getattr(cost.bytes, part)
             if flops or num_bytes:
                 self.add(part, flops, num_bytes, flops, num_bytes)
+
+    def spare(self, phase: str, valid: torch.Tensor, dense: Cost) -> None:
+        """Tokens marked in `valid` [B, T] were taken in by side passes in the model's stead, which would have spent
+        `dense` on them."""
+        self.open_pass(phase, valid, self.num_layers, self.ffn_size)
+        for part in PARTS:
+            flops, num_bytes = getattr(dense.flops, part), getattr(dense.bytes, part)
+            self.add(part, 0, 0, flops, num_bytes)
 
     def widths(self, channels: torch.Tensor | int) -> None:
         """FFN channels [B, T] that one layer (or all unrouted layers together) computed for each token of this pass."""

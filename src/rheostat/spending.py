@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
+from torch import nn
 
 from rheostat.errors import bad_setting
 from rheostat.meter import Meter
@@ -104,6 +106,21 @@ def _check_compute(value: Compute) -> tuple[float, ...]:
     return numbers
 
 
+@contextmanager
+def for_rows(rows: Sequence[int], num_rows: int) -> Iterator[None]:
+    """Inside the block a batch consists of these rows of one of `num_rows`, each with what was asked for it."""
+    spending = current_spending()
+    if spending is None:
+        yield
+        return
+    prefill, decode = (tuple(spending.rows(phase, num_rows)[row] for row in rows) for phase in PHASES)
+    token = _spending.set(replace(spending, prefill=prefill, decode=decode))
+    try:
+        yield
+    finally:
+        _spending.reset(token)
+
+
 @dataclass(frozen=True)
 class Pass:
     """Facts about the forward pass in progress that the layers need and `transformers` does not hand them."""
@@ -122,6 +139,53 @@ class Pass:
     """Tokens in the cache before this pass, padding included."""
     mask: torch.Tensor | None = None
     """[B, past + T], the attention mask, where the caller gave a plain one."""
+
+
+_phase: ContextVar[str | None] = ContextVar("rheostat_phase", default=None)
+
+
+def current_phase() -> str | None:
+    """The phase that the caller declared, or None: then the shape of the pass tells."""
+    return _phase.get()
+
+
+@contextmanager
+def in_phase(phase: str) -> Iterator[None]:
+    """Passes inside are of `phase`, whatever their shape: to check several drafted tokens at once is
+    decoding, and a prompt's last token, read on its own, is not.
+
+    Raises:
+        SettingError: for an unknown phase.
+    """
+    if phase not in PHASES:
+        raise bad_setting("phase", phase, f"one of {', '.join(PHASES)}")
+    token = _phase.set(phase)
+    try:
+        yield
+    finally:
+        _phase.reset(token)
+
+
+Resolve = Callable[[str, int, torch.device], Mapping[str, torch.Tensor]]
+_resolvers: WeakKeyDictionary[nn.Module, WeakMethod[Resolve]] = WeakKeyDictionary()
+
+
+def register_dial(model: nn.Module, resolve: Resolve) -> None:
+    """From now on `native_settings` of `model` come from the method `resolve` of an object, which is not kept alive."""
+    _resolvers[model] = WeakMethod(resolve)
+
+
+def unregister_dial(model: nn.Module) -> None:
+    """`model` has no dial any more."""
+    _resolvers.pop(model, None)
+
+
+def native_settings(model: nn.Module, phase: str, num_rows: int, device: torch.device) -> Mapping[str, torch.Tensor]:
+    """Method name -> native setting of each row [B] that is in force for `model` where we are, between passes too;
+    empty when all run dense."""
+    reference = _resolvers.get(model)
+    resolve = reference() if reference is not None else None
+    return resolve(phase, num_rows, device) if resolve is not None else {}
 
 
 _pass: ContextVar[Pass | None] = ContextVar("rheostat_pass", default=None)

@@ -189,3 +189,34 @@ def test_writing_loses_nothing(text: str):
 @given(st.lists(st.integers(len(SPECIAL), len(TOKENIZER) - 1), max_size=30))
 def test_bytes_that_are_no_text_come_as_the_tokenizer_decodes_them(token_ids: list[int]):
     assert written(token_ids)[0] == TOKENIZER.decode(token_ids, clean_up_tokenization_spaces=False)
+
+
+def test_a_draft_writes_the_same_answer_and_says_how_it_went(rheostat, dial_folder: Path):
+    arguments = ("generate", dial_folder, "Hello hello hello", "--max-new-tokens", 20, "--json")
+    plain = rheostat(*arguments).figures["answers"][0]
+    for name in ("prompt_lookup", "low_dial"):
+        done = rheostat(*arguments, "--draft", name, "--draft-length", 3)
+        assert done.status == 0, done.err
+        answer = done.figures["answers"][0]
+        assert answer["token_ids"] == plain["token_ids"]
+        assert answer["ffn_fractions"] == plain["ffn_fractions"]
+        drafts = answer["bill"]["speculation"]
+        assert drafts["rounds"] + drafts["accepted"] == len(plain["token_ids"]) - 1
+        assert len(drafts["acceptance_by_place"]) <= 3
+        assert f"{drafts['accepted']} of {drafts['drafted']} accepted" in done.out
+    assert plain["bill"]["speculation"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--draft", "magic"), "speculate='magic': must be one of"),
+        (("--draft", "self"), "has no draft of its own"),
+        (("--draft", "prompt_lookup", "--draft-length", 0), "draft_length=0"),
+        (("--draft", "prompt_lookup", "--draft-risk", 0), "risk=0"),
+    ],
+)
+def test_a_bad_draft_names_itself(rheostat, dial_folder: Path, arguments, message):
+    done = rheostat("generate", dial_folder, "Hello", *arguments)
+    assert done.status == 2
+    assert message in done.err

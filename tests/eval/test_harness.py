@@ -161,13 +161,15 @@ def test_processes_share_whole_batches(reading_model, tiny_tokenizer, ask):
 
     class Others(Ranks):
         def gather(self, mine):
-            return shares if isinstance(mine, dict) else [(cost, cost, 1, 2) for cost in costs]
+            counts = {0: torch.tensor([3, 1])}
+            return shares if isinstance(mine, dict) else [(cost, cost, 1, 2, counts) for cost in costs]
 
     lm = make_lm(adapted, tiny_tokenizer, batch_tokens=100, ranks=Others(1, 3))
     assert lm.loglikelihood(requests) == wanted
     meter = lm.close().meter
     assert meter.cost == meter.dense == spent.cost
     assert (meter.num_prefill_tokens, meter.num_decode_tokens) == (3, 6)
+    assert meter.expert_counts[0].tolist() == [9, 3]
 
 
 def test_drawn_answers_depend_on_the_seed_alone(reading_model, tiny_tokenizer, ask):

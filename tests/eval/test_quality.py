@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from rheostat.adapted import Adapted
+from rheostat.calibration import calibrate
 from rheostat.errors import SettingError
 from rheostat.eval.quality import Run, decode_bytes, evaluate
+from rheostat.methods import KVPrediction
 from rheostat.spending import current_spending, spend
 from tests.tiny import tiny_adapted, tiny_model, tiny_windows
 
@@ -131,3 +133,14 @@ def test_one_window_has_no_spread(adapted):
 def test_out_of_reach_is_refused():
     with pytest.raises(SettingError, match="compute=0.5: must be 1.0"):
         evaluate(Adapted(tiny_model()), WINDOWS, [Run(label="half", compute=0.5)])
+
+
+def test_a_method_that_reads_prompts_is_scored_on_what_follows_them():
+    adapted = Adapted(tiny_model(layers=4), KVPrediction(depths=(1, 2)))
+    adapted.method.fit(adapted.model, tiny_windows(), generator=torch.Generator().manual_seed(0))
+    adapted.dial = calibrate(adapted, tiny_windows(seed=1))
+    dense, cheap = evaluate(adapted, tiny_windows(4), [Run(label="cheap", compute=adapted.dial.low)])
+    assert dense.num_tokens == 4 * (32 - 24 - 1)
+    assert dense.compute == 1.0
+    assert cheap.compute < 0.95  # the answer is dense
+    assert cheap.loss != dense.loss

@@ -14,6 +14,7 @@ import pytest
 from rheostat.decode import stream
 from rheostat.sampling import Sampling
 from rheostat.serve import adaptive as adapting
+from rheostat.serve import native
 from rheostat.serve.adaptive import Adaptive
 from rheostat.serve.backend import Backend, make_backend
 from rheostat.serve.engine import Engine
@@ -92,7 +93,8 @@ def test_mixed_dials_and_lengths_are_not_mixed_up(tiny: Tiny, backend: Backend):
         assert engine.scheduler.is_idle
 
 
-def test_the_bill_is_that_of_the_answer_alone(tiny: Tiny, backend: Backend):
+def test_the_bill_is_that_of_the_answer_alone(tiny: Tiny, backend: Backend, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "BILL_EVERY", 4)
     jobs = [job(tiny, "water " * (1 + k), compute, 6 + k) for k, compute in enumerate((0.8, 1.0, 0.7))]
     with working(tiny, backend) as engine:
         bills = [inbox.wait().bill for inbox in [submit(engine, one) for one in jobs]]
@@ -131,6 +133,8 @@ def test_samples_of_one_prompt_have_generators_of_their_own(tiny: Tiny, backend:
         texts = [alone.text(row) for row in range(3)]
         assert texts == [among.text(row) for row in range(3)]
         assert len(set(texts)) == 3
+        singles = [submit(engine, job(tiny, **ask | {"n": 1, "seed": 7 + row})).text() for row in range(3)]
+        assert texts == singles
         for inbox in crowd:
             inbox.wait()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -47,6 +47,12 @@ class Config(Common):
     top_p: float = setting(1.0, help="draw among the most likely tokens that together reach this probability")
     runtime: str = setting("auto", help="auto: our own where it can; native: insist on it; stock: transformers")
     weights: str = setting("auto", help="our runtime's weights: fp32, bf16, fp16, int8, int4 (default: as --dtype)")
+    draft: str | None = setting(
+        None, help="guess tokens and check them together: self, low_dial, prompt_lookup, streaming_llm, snapkv"
+    )
+    draft_length: int = setting(4, help="tokens to guess at a time, at most")
+    draft_compute: float | None = setting(None, help="compute of the low_dial draft (default: the least)")
+    draft_risk: float = setting(1.0, help="stop guessing when the risk of a wrong guess exceeds this")
     chat: bool | None = setting(None, help="put the prompt into the chat template (default: if there is one)")
 
 
@@ -146,30 +152,22 @@ def _answer(
 ) -> dict[str, Any]:
     import torch
 
-    from rheostat.decode import stream
     from rheostat.spending import spend
 
     generator = torch.Generator(input_ids.device).manual_seed(config.seed)
     fractions, seconds = [], []
     with spend(compute, keep_passes=False) as meter:
-        steps = stream(
-            loaded.adapted,
-            input_ids,
-            max_new_tokens=config.max_new_tokens,
-            sampling=sampling,
-            eos_token_ids=_end_ids(loaded),
-            generator=generator,
-            runtime=config.runtime,
-            weights=config.weights,
-        )
+        steps = _steps(config, loaded, input_ids, sampling, generator)
         while True:
             started = time.perf_counter()  # ours, because the stream's clock goes on while we write
-            step = next(steps, None)
-            if step is None:
+            tokens = next(steps, None)
+            if tokens is None:
                 break
-            seconds.append(time.perf_counter() - started)
-            fractions.append(_newest_fraction(meter))
-            writer.push(int(step.token_ids[0]), fractions[-1])
+            took = (time.perf_counter() - started) / len(tokens)
+            for token, fraction in zip(tokens, _newest_fractions(meter, len(tokens)), strict=True):
+                seconds.append(took)
+                fractions.append(fraction)
+                writer.push(token, fraction)
     writer.finish()
     return {
         "asked": compute,
@@ -181,9 +179,50 @@ def _answer(
     }
 
 
-def _newest_fraction(meter: Meter) -> float:
-    """FFN width of the newest pass's last token: the one whose logits chose the token just drawn."""
-    return int(meter.passes[-1].ffn_channels[0, -1]) / (meter.num_layers * meter.ffn_size)
+def _steps(
+    config: Config, loaded: Loaded, input_ids: torch.Tensor, sampling: Sampling, generator: torch.Generator
+) -> Iterator[list[int]]:
+    """The answer's tokens as they come: one at a time, or with a draft several."""
+    from rheostat.decode import stream
+    from rheostat.speculate.generating import make_drafter
+    from rheostat.speculate.loop import Ending, speculate
+
+    adapted, limit, ends = loaded.adapted, config.max_new_tokens, _end_ids(loaded)
+    if config.draft is None:
+        for step in stream(
+            adapted,
+            input_ids,
+            max_new_tokens=limit,
+            sampling=sampling,
+            eos_token_ids=ends,
+            generator=generator,
+            runtime=config.runtime,
+            weights=config.weights,
+        ):
+            yield step.token_ids.tolist()
+        return
+    drafter = make_drafter(
+        config.draft, adapted.method, adapted.dial.low, compute=config.draft_compute, risk=config.draft_risk
+    )
+    for one in speculate(
+        adapted.model,
+        adapted.method,
+        input_ids,
+        drafter=drafter,
+        draft_length=config.draft_length,
+        ending=Ending(max_new_tokens=limit, eos_token_ids=ends),
+        sampling=sampling,
+        generator=generator,
+    ):
+        yield one.token_ids[0].tolist()
+
+
+def _newest_fractions(meter: Meter, number: int) -> list[float]:
+    """FFN widths of the positions whose logits chose the `number` tokens just drawn: in a prompt's pass the last, in
+    one that checked a draft the first."""
+    full, newest = meter.num_layers * meter.ffn_size, meter.passes[-1]
+    channels = newest.ffn_channels[0].tolist()
+    return [n / full for n in (channels[:number] if newest.phase == "decode" else channels[-number:])]
 
 
 def _bill(meter: Meter, num_prompt_tokens: int, seconds: Sequence[float]) -> dict[str, Any]:
@@ -201,6 +240,7 @@ def _bill(meter: Meter, num_prompt_tokens: int, seconds: Sequence[float]) -> dic
         "dense_cost": meter.dense.to_dict(),
         "first_token_ms": 1e3 * seconds[0],
         "ms_per_token": 1e3 * sum(later) / len(later) if later else None,
+        "speculation": meter.speculation.to_dict() if meter.speculation.num_rounds else None,
     }
 
 
@@ -221,6 +261,10 @@ def _show_bill(answer: dict[str, Any]) -> None:
         f"width    {bill['ffn_fraction']:.0%} of the FFN"
         + (f", by layer {terminal.sparkline(layers)}" if layers else "")
     )
+    if drafts := bill["speculation"]:
+        places = ", ".join(f"{share:.0%}" for share in drafts["acceptance_by_place"])
+        rate = f"{drafts['tokens_per_round']:.2f} tokens a round"
+        out.print(f"drafts   {drafts['accepted']} of {drafts['drafted']} accepted, by place {places or '-'}; {rate}")
     out.print(f"time     {bill['first_token_ms']:.0f} ms to the first token{speed} ({answer['runtime']})")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rheostat.adapted import Adapted
+from rheostat.calibration import read_and_answer
 from rheostat.errors import SettingError
 from rheostat.eval.profile import Profile
 from rheostat.methods.base import Progress, no_progress
@@ -85,6 +86,8 @@ class _Tally:
     agreed: list[int] = field(default_factory=list)
     """Positions of each window whose most likely token is the dense model's."""
     seconds: float = 0.0
+    num_scored: int = 1
+    """Positions of each window that were scored."""
 
 
 @torch.inference_mode()
@@ -124,9 +127,13 @@ def _score(adapted: Adapted, batch: torch.Tensor, run: Run, tally: _Tally, best:
     first run)."""
     started = time.perf_counter()
     with spend(run.compute, meter=tally.meter, native=run.native, override=run.override):
-        logits = adapted(input_ids=batch, use_cache=False).logits[:, :-1]
+        if adapted.method.at("prefill").reads_prompts:  # what it does shows after a prompt only
+            logits, flat = read_and_answer(adapted, batch)
+            targets = flat.view(len(batch), -1)
+        else:
+            logits, targets = adapted(input_ids=batch, use_cache=False).logits[:, :-1], batch[:, 1:]
     tally.seconds += time.perf_counter() - started
-    targets = batch[:, 1:]
+    tally.num_scored = targets.shape[1]
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
     mine = logits.argmax(-1)
     best = mine if best is None else best
@@ -138,10 +145,10 @@ def _score(adapted: Adapted, batch: torch.Tensor, run: Run, tally: _Tally, best:
 
 def _quality(run: Run, tally: _Tally, dense: _Tally, adapted: Adapted, length: int) -> Quality:
     num_windows = len(tally.losses)
-    num_tokens = num_windows * (length - 1)
+    num_tokens = num_windows * tally.num_scored
     gap, gap_error = _mean(a - b for a, b in zip(tally.losses, dense.losses, strict=True))
-    _, accuracy_error = _mean((a - b) / (length - 1) for a, b in zip(tally.right, dense.right, strict=True))
-    _, agreement_error = _mean(count / (length - 1) for count in tally.agreed)
+    _, accuracy_error = _mean((a - b) / tally.num_scored for a, b in zip(tally.right, dense.right, strict=True))
+    _, agreement_error = _mean(count / tally.num_scored for count in tally.agreed)
     loss, _ = _mean(tally.losses)
     meter = tally.meter
     return Quality(

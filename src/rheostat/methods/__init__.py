@@ -9,10 +9,14 @@ from rheostat.errors import bad_setting
 from rheostat.methods.base import Method
 from rheostat.methods.chain import Chain
 from rheostat.methods.dynamoe import DynaMoE
+from rheostat.methods.kv_prediction import KVPrediction
+from rheostat.methods.quantspec import QuantSpec
 
 METHODS: dict[str, type[Method]] = {
     "dense": Method,
     "dynamoe": DynaMoE,
+    "quantspec": QuantSpec,
+    "kv_prediction": KVPrediction,
 }
 
 

@@ -21,9 +21,10 @@ from rheostat.cost import Cost, dense_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
 from rheostat.runtime.weights import FFNWeights
+from rheostat.speculate.drafter import Drafter, Stopping
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 STAGES = ("weights", "width", "depth", "prompt", "prefill", "cache", "decode", "training", "analysis")
 """Where a method may act. Methods at different stages compose; two at one stage are refused."""
@@ -63,6 +64,8 @@ class Method:
     stages: ClassVar[frozenset[str]] = frozenset()
     is_permanent: ClassVar[bool] = False
     """The method changes weights for good: detaching cannot bring the original model back."""
+    reads_prompts: ClassVar[bool] = False
+    """`prefill` does more than run the model on the prompt; the host's `generate` then reads prompts through it."""
 
     # -- attach and detach
 
@@ -73,6 +76,13 @@ class Method:
             SettingError: with the reason.
         """
         families.family_of(model)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a tokenizer that what this method brings along cannot read. Default: any will do.
+
+        Raises:
+            SettingError: with the reason.
+        """
 
     def attach(self, model: PreTrainedModel) -> None:
         """Change the model in place. Before anything is learned, the changed model computes the same function."""
@@ -143,6 +153,16 @@ class Method:
         """The native setting's range, from the most compute to the least. Default: there is nothing to set."""
         return (0.0, 0.0)
 
+    def steps(self, geometry: Geometry) -> tuple[float, ...] | None:
+        """The native settings there are on such a model, from the most compute to the least and without the neutral
+        one, where they are few; None where every number in the range is one. What lies between two steps counts as
+        the step that costs less."""
+        return None
+
+    def at(self, stage: str) -> Method:
+        """The method in this one that acts at `stage`; the plain model where none does."""
+        return self if stage in self.stages else Method()
+
     def dialled(self) -> list[Method]:
         """The methods in this one that have a native setting to turn."""
         low, high = self.setting_range()
@@ -190,6 +210,10 @@ class Method:
 
     # -- running
 
+    def drafter(self, stopping: Stopping | None = None) -> Drafter | None:
+        """How the method drafts for itself, for `speculate="self"`; None when it has no way of its own."""
+        return None
+
     def make_cache(self, model: PreTrainedModel) -> Cache:
         """An empty cache for `model`."""
         return DynamicCache(config=model.config)
@@ -221,6 +245,23 @@ class Method:
     ) -> torch.Tensor:
         """One step: take the newest tokens [B, 1] and return the next token's logits [B, V]."""
         return Method.prefill(self, model, token_ids, attention_mask, cache)
+
+    def verify(
+        self,
+        model: PreTrainedModel,
+        token_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        cache: Cache,
+    ) -> torch.Tensor:
+        """Check a draft: take the newest token and the drafted ones [B, T]; the logits after each are [B, T, V]."""
+        out = model(
+            input_ids=token_ids,
+            attention_mask=attention_mask,
+            position_ids=positions(attention_mask)[:, -token_ids.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.logits
 
     # -- saving
 

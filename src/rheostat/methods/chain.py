@@ -13,9 +13,10 @@ from rheostat.cost import Cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
 from rheostat.methods.base import Method, Progress, no_progress
+from rheostat.speculate.drafter import Drafter, Stopping
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
@@ -58,6 +59,11 @@ class Chain(Method):
         """Every method must accept the model."""
         for method in self.methods:
             method.check(model)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Every method must accept the tokenizer."""
+        for method in self.methods:
+            method.check_tokenizer(tokenizer)
 
     def attach(self, model: PreTrainedModel) -> None:
         """In order; a failure takes off again what was attached."""
@@ -156,6 +162,10 @@ class Chain(Method):
             name: override for m in self.methods for name, override in m.baselines(model, expert_counts, seed).items()
         }
 
+    def drafter(self, stopping: Stopping | None = None) -> Drafter | None:
+        """Of the method at the decode stage."""
+        return self.at("decode").drafter(stopping)
+
     def make_cache(self, model: PreTrainedModel) -> Cache:
         """From the method at the cache stage."""
         return self.at("cache").make_cache(model)
@@ -171,6 +181,12 @@ class Chain(Method):
     ) -> torch.Tensor:
         """By the method at the decode stage."""
         return self.at("decode").decode(model, token_ids, attention_mask, cache)
+
+    def verify(
+        self, model: PreTrainedModel, token_ids: torch.Tensor, attention_mask: torch.Tensor, cache: Cache
+    ) -> torch.Tensor:
+        """By the method at the decode stage."""
+        return self.at("decode").verify(model, token_ids, attention_mask, cache)
 
     def state(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         """Each method's tensors under its name."""

@@ -32,9 +32,12 @@ def check_format(weights: str, dtype: torch.dtype) -> str:
 
     Raises:
         SettingError: there is no such format.
+        Unsupported: no format is that of the model's dtype.
     """
     if weights not in WEIGHTS:
         raise bad_setting("weights", weights, f"one of {', '.join(WEIGHTS)}")
+    if weights == AUTO and dtype not in OF_DTYPE:
+        raise Unsupported(f"weights in {str(dtype).removeprefix('torch.')}")
     return OF_DTYPE[dtype] if weights == AUTO else weights
 
 

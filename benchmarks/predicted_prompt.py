@@ -1,0 +1,182 @@
+"""What does a predicted prompt cost in quality, and what does it win in time?
+
+    python benchmarks/predicted_prompt.py smol-kvp --data novels=a.txt,wikitext=b.txt --windows 16
+    python benchmarks/predicted_prompt.py smol-kvp --time 128,512,2048 --dtype bfloat16 --rounds 5
+
+Quality: perplexity of the tokens after a prompt, read at each depth, beside what could be had for as much or less:
+
+- `auxiliary`: the first k layers of the model alone, with its own norm and head, for prompt and answer;
+- `pruned`: k layers spread evenly over the model alone, for prompt and answer;
+- `dropped`: the whole model on as large a share of the prompt's tokens as the depth costs, drawn at random (the first
+  and the last stay, positions too);
+- `none`: the whole model on the prompt's last token alone.
+
+Time: to the first token, and to several, against stock `transformers` on the same weights, interleaved, ratios round by
+round. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import rheostat
+from rheostat import families
+from rheostat.adapted import Adapted
+from rheostat.methods.kv_prediction.auxiliary import pruned_copy
+from rheostat.provenance import provenance
+from rheostat.text import pack, read_texts
+
+
+def losses(model: Any, cache: Any, mask: torch.Tensor, tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """Nats of the last `length` tokens of [B, T], when the cache holds all before the last prompt token."""
+    last = tokens[:, -length - 1 : -1]
+    position_ids = torch.arange(tokens.shape[1] - length - 1, tokens.shape[1] - 1).expand(len(tokens), -1)
+    mask = torch.cat([mask, torch.ones_like(last)], 1)
+    out = model(input_ids=last, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True)
+    flat = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1).float(), tokens[:, -length:].flatten())
+    return flat.detach()
+
+
+def read_plain(model: Any, prompts: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """All but the last prompt token through a model."""
+    early = prompts[:, :-1]
+    return model(input_ids=early, use_cache=True, logits_to_keep=1).past_key_values, torch.ones_like(early)
+
+
+def read_dropped(
+    model: Any, prompts: torch.Tensor, share: float, generator: torch.Generator
+) -> tuple[Any, torch.Tensor]:
+    """A random share of the prompt's tokens, at their own positions."""
+    early = prompts.shape[1] - 1
+    kept = 1 + torch.randperm(early - 1, generator=generator)[: round(share * early) - 1].sort().values
+    kept = torch.cat([torch.zeros(1, dtype=torch.long), kept])
+    ids = prompts[:, kept]
+    out = model(input_ids=ids, position_ids=kept.expand(len(ids), -1), use_cache=True, logits_to_keep=1)
+    return out.past_key_values, torch.ones_like(ids)
+
+
+def read_adapted(adapted: Adapted, prompts: torch.Tensor, compute: float) -> tuple[Any, torch.Tensor]:
+    """The prompt through the method; the last token is read again by `losses`, so it is taken off the cache."""
+    cache = adapted.method.make_cache(adapted.model)
+    with rheostat.spend({"prefill": compute}):
+        adapted.method.prefill(adapted.model, prompts, torch.ones_like(prompts), cache)
+    cache.crop(-1)
+    return cache, torch.ones_like(prompts[:, :-1])
+
+
+@torch.no_grad()
+def quality(adapted: Adapted, windows: torch.Tensor, answer: int, depths: dict[float, int]) -> list[dict[str, Any]]:
+    """Perplexity of the last `answer` tokens of windows [N, T], by reader; the first row is the dense model's."""
+    model = adapted.model
+    num_layers = len(families.layers(model))
+    sides: dict[str, tuple[float, Callable[[torch.Tensor], tuple[Any, Any, torch.Tensor]]]] = {}
+
+    def add(name: str, share: float, one: Any, read: Callable[[torch.Tensor], tuple[Any, torch.Tensor]]) -> None:
+        sides[name] = (share, lambda prompts: (one, *read(prompts)))
+
+    add("dense", 1.0, model, lambda p: read_plain(model, p))
+    add("none", 0.0, model, lambda p: (None, p[:, :0]))
+    for compute, depth in depths.items():
+        first = pruned_copy(model, list(range(depth)))
+        even = pruned_copy(model, [round(k * (num_layers - 1) / (depth - 1)) for k in range(depth)])
+        drawn = torch.Generator().manual_seed(depth)
+        add(f"predicted {depth}", compute, model, lambda p, c=compute: read_adapted(adapted, p, c))
+        add(f"auxiliary {depth}", depth / num_layers, first, lambda p, m=first: read_plain(m, p))
+        add(f"pruned {depth}", depth / num_layers, even, lambda p, m=even: read_plain(m, p))
+        add(f"dropped {depth}", compute, model, lambda p, c=compute, g=drawn: read_dropped(model, p, c, g))
+    rows = []
+    for name, (share, read) in sides.items():
+        found = []
+        for batch in windows.split(4):
+            one, cache, mask = read(batch[:, :-answer])
+            found.append(losses(one, cache, mask, batch, answer) * len(batch))
+        loss = float(sum(found) / len(windows))
+        ratio = 1.0 if not rows else float(torch.tensor(loss - rows[0]["loss"]).exp())
+        rows.append({"reader": name, "prompt_compute": round(share, 4), "loss": loss, "ratio": round(ratio, 4)})
+        print(f"{name:16s} {share:6.3f} of the prompt's compute   {ratio:7.3f} x dense perplexity", flush=True)
+    return rows
+
+
+@torch.no_grad()
+def clock(
+    adapted: Adapted, stock: Any, lengths: list[int], depths: dict[float, int], news: list[int], rounds: int
+) -> list[dict[str, Any]]:
+    """Seconds to the first token and to several, stock and at each depth in turn."""
+    rows = []
+    for length in lengths:
+        prompt = torch.randint(5, adapted.geometry.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
+        kept: dict[str, list[float]] = {}
+        for turn in range(rounds + 1):
+            for name, compute in [("stock", None), *((str(depth), c) for c, depth in depths.items())]:
+                for new in news:
+                    model = stock if compute is None else adapted
+                    extra = {} if compute is None else {"compute": {"prefill": compute}}
+                    started = time.perf_counter()
+                    model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, **extra)
+                    if turn:
+                        kept.setdefault(f"{name} {new}", []).append(time.perf_counter() - started)
+        for compute, depth in depths.items():
+            cost = adapted.method.cost(adapted.geometry, compute=compute + 1e-6, num_tokens=length).flops.total
+            dense = rheostat.Method().cost(adapted.geometry, num_tokens=length).flops.total
+            for new in news:
+                pairs = zip(kept[f"stock {new}"], kept[f"{depth} {new}"], strict=True)
+                row = {
+                    "prompt": length,
+                    "depth": depth,
+                    "new": new,
+                    "stock_ms": round(1000 * statistics.median(kept[f"stock {new}"]), 1),
+                    "ms": round(1000 * statistics.median(kept[f"{depth} {new}"]), 1),
+                    "times_as_fast": round(statistics.median(a / b for a, b in pairs), 3),
+                    "promised_by_flops": round(dense / cost, 3),
+                }
+                rows.append(row)
+                print(row, flush=True)
+    return rows
+
+
+def main(given: list[str]) -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact")
+    parser.add_argument("--data", default="", help="name=file, several separated by commas")
+    parser.add_argument("--depths", default="", help="of the dial's, separated by commas (default: all)")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=384)
+    parser.add_argument("--answer", type=int, default=128)
+    parser.add_argument("--time", default="", help="prompt lengths, separated by commas")
+    parser.add_argument("--new", default="1,2,16,64")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--seed", type=int, default=5)
+    args = parser.parse_args(given)
+    adapted, tokenizer = rheostat.load(args.artifact, dtype=getattr(torch, args.dtype))
+    num_layers = adapted.geometry.num_layers
+    dial = zip(adapted.dial.compute[1:], adapted.dial.settings["kv_prediction"][1:], strict=True)
+    depths = {compute: num_layers - int(setting) for compute, setting in dial}
+    if args.depths:
+        depths = {c: d for c, d in depths.items() if d in {int(one) for one in args.depths.split(",")}}
+    figures: dict[str, Any] = {"arguments": vars(args), "quality": {}, "time": []}
+    for one in filter(None, args.data.split(",")):
+        name, _, file = one.partition("=")
+        print(f"-- {name}")
+        length = args.prompt + args.answer
+        windows = pack(tokenizer, read_texts(file), length=length, limit=args.windows, seed=args.seed)
+        figures["quality"][name] = quality(adapted, windows, args.answer, depths)
+    if args.time:
+        stock = rheostat.load("smollm2-135m", dtype=getattr(torch, args.dtype))[0]
+        lengths, news = ([int(one) for one in text.split(",")] for text in (args.time, args.new))
+        figures["time"] = clock(adapted, stock, lengths, depths, news, args.rounds)
+    figures["provenance"] = provenance(seed=args.seed, base_digest=adapted.report.get("base_digest"))
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

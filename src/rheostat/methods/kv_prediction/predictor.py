@@ -1,0 +1,128 @@
+"""The linear maps from an auxiliary's features to keys and values, and where they live on the model.
+
+Shapes: B rows, T tokens, D model width, X features, R rank, K key/value heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from rheostat import families
+from rheostat.cost import Cost, attention_cost, attention_weight_bytes, embedding_cost, ffn_cost
+from rheostat.geometry import Geometry
+from rheostat.methods.base import MeteredFFN
+from rheostat.methods.kv_prediction.auxiliary import CacheMaps
+from rheostat.methods.kv_prediction.prefix import run_prefix
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+PLACE = "kv_predictors"
+"""Name of the attribute of the decoder that holds the maps."""
+
+
+def part_of(geometry: Geometry, num_layers: int) -> Geometry:
+    """The sizes of the first `num_layers` layers alone."""
+    return replace(geometry, num_layers=num_layers, windows=geometry.windows[:num_layers])
+
+
+class Predictor(families.Attachment):
+    """One depth's maps: what enters some layers [B, T, D] to raw keys and values of every layer from `depth` on.
+
+    A text's first token, which later layers use as a sink and which looks like no other, is a learned constant.
+    """
+
+    def __init__(self, depth: int, inputs: Sequence[int], width: int, rank: int, sizes: Sequence[int]) -> None:
+        """
+        Args:
+            depth: the auxiliary's number of layers.
+            inputs: the layers whose normalised input is read, X = their number times D.
+            width: D.
+            rank: R, of all maps together; 0 for no bottleneck.
+            sizes: K * d of each predicted layer, first to last.
+        """
+        super().__init__()
+        self.depth = depth
+        self.inputs = tuple(inputs)
+        self.sizes = tuple(sizes)
+        num_features = len(self.inputs) * width
+        self.squeeze = nn.Linear(num_features, rank, bias=False) if 0 < rank < num_features else nn.Identity()
+        """[R, X]."""
+        num_mixed = rank if 0 < rank < num_features else num_features
+        self.maps = nn.ModuleList(nn.Linear(num_mixed, 2 * size) for size in sizes)
+        """Of each predicted layer: keys first, then values."""
+        self.firsts = nn.ParameterList(nn.Parameter(torch.zeros(2 * size)) for size in sizes)
+        """Of each predicted layer: the first token's keys, then values, raw."""
+
+    @property
+    def num_weights(self) -> int:
+        """Weights that every token is multiplied with; biases and constants are not counted."""
+        return sum(one.numel() for name, one in self.named_parameters() if name.endswith(".weight"))
+
+    def features(self, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """Layer -> its normalised input [B, T, D]; returns what the maps read, [B, T, X]."""
+        return torch.cat([kept[layer] for layer in self.inputs], -1)
+
+    def mix(self, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """The features behind the bottleneck, [B, T, R], computed once for all layers."""
+        return self.squeeze(self.features(kept))
+
+    def read(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: Cache,
+    ) -> torch.Tensor:
+        """Tokens [B, T] through the first layers, which fill their part of `cache`. Returns what `forward` needs."""
+        return self.mix(run_prefix(model, input_ids, attention_mask, position_ids, cache, self.depth))
+
+    def auxiliary_cost(self, model: PreTrainedModel, counts: Sequence[tuple[int, int]], itemsize: int) -> Cost:
+        """`read` for rows of so many (cached, new) tokens, less what metered FFNs bill themselves."""
+        geometry = Geometry.from_config(model.config)
+        first = part_of(geometry, self.depth)
+        total = sum(new for _, new in counts)
+        num_plain = sum(not isinstance(layer.mlp, MeteredFFN) for layer in families.layers(model)[: self.depth])
+        cost = attention_weight_bytes(first, itemsize) + embedding_cost(geometry, total, itemsize)
+        for past, new in counts:
+            cost += attention_cost(first, new, past, itemsize)
+        return cost + ffn_cost(geometry, total, num_plain, itemsize) if num_plain else cost
+
+    def forward(self, mixed: torch.Tensor, is_first: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw keys and values [B, T, K * d] of layer `depth + index`.
+
+        Args:
+            mixed: [B, T, R].
+            is_first: [B, T] bool, True for the first token of a text.
+        """
+        both = torch.where(is_first[..., None], self.firsts[index], self.maps[index](mixed))
+        keys, values = both.split(self.sizes[index], -1)
+        return keys, values
+
+
+def predictors(model: PreTrainedModel) -> dict[int, Predictor | CacheMaps]:
+    """The attached maps by depth; those of an auxiliary of its own are at depth 0."""
+    held = cast(nn.ModuleList, getattr(families.decoder(model), PLACE))
+    return {one.depth: one for one in cast("list[Predictor | CacheMaps]", list(held))}
+
+
+def attach(model: PreTrainedModel, held: Sequence[Predictor | CacheMaps]) -> None:
+    """Put maps on the model, in its dtype and where it is."""
+    families.decoder(model).add_module(PLACE, nn.ModuleList(held).to(next(model.parameters())))
+
+
+def prefix_maps(model: PreTrainedModel, inputs: Mapping[int, Sequence[int]], rank: int) -> list[Predictor]:
+    """Maps from the model's own first layers: depth -> the layers they read."""
+    sizes, width = [one.size for one in families.key_values(model)], model.config.hidden_size
+    return [Predictor(depth, read, width, rank, sizes[depth:]) for depth, read in inputs.items()]
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Take the maps off."""
+    delattr(families.decoder(model), PLACE)

@@ -1,0 +1,1 @@
+"""Speculative decoding: draft tokens cheaply, check them all in one pass, keep what the model would have written."""

@@ -1,0 +1,133 @@
+"""Drafters that are the model itself, read more cheaply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+
+import torch
+from transformers import Cache, PreTrainedModel
+
+from rheostat.errors import bad_setting
+from rheostat.methods.base import positions
+from rheostat.sampling import probabilities
+from rheostat.speculate.drafter import Draft, Drafter, State, Stopping, no_draft
+from rheostat.spending import current_spending, spend
+
+
+def read(
+    model: PreTrainedModel,
+    token_ids: torch.Tensor,
+    mask: torch.Tensor,
+    cache: Cache,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The next token's logits [B, V] after reading `token_ids` [B, T], of which `mask` [B, S] tells the padding."""
+    if position_ids is None:
+        position_ids = positions(mask)[:, -token_ids.shape[1] :]
+    out = model(
+        input_ids=token_ids,
+        attention_mask=mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return out.logits[:, -1]
+
+
+def charging_draft() -> AbstractContextManager[None]:
+    """Passes inside are billed as drafting, where there is a meter."""
+    spending = current_spending()
+    return nullcontext() if spending is None else spending.meter.charging("draft")
+
+
+def draw(logits: torch.Tensor, state: State) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Draw a drafted token a row from logits [B, V].
+
+    Returns:
+        The tokens [B], what they were drawn from [B, V] (None when greedy), and each token's own probability [B].
+    """
+    if state.is_greedy:
+        best = logits.argmax(-1)
+        return best, None, logits.softmax(-1).gather(1, best[:, None])[:, 0]
+    probs = probabilities(logits, state.sampling)
+    token_ids = torch.multinomial(probs, 1, generator=state.generator)[:, 0]
+    return token_ids, probs, probs.gather(1, token_ids[:, None])[:, 0]
+
+
+class Stepper:
+    """Reads a token a row into a cache and gives the next token's logits [B, V]; counts how many it has read."""
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, mask: torch.Tensor, position_ids: torch.Tensor) -> None:
+        self.model, self.cache, self.mask, self.position_ids = model, cache, mask, position_ids
+        self.num_read = 0
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [B] -> logits [B, V]."""
+        if self.num_read:
+            self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
+        logits = read(self.model, token_ids[:, None], self.mask, self.cache, self.position_ids + self.num_read)
+        self.num_read += 1
+        return logits
+
+
+def draft_token_by_token(
+    state: State, limits: torch.Tensor, stopping: Stopping, step: Callable[[torch.Tensor], torch.Tensor]
+) -> Draft:
+    """Draft one token after another with `step`, until every row reached its limit or its risk.
+
+    Args:
+        step: reads a token a row [B] and gives the next one's logits [B, V].
+    """
+    newest, chances = state.token_ids[:, -1], torch.ones(len(limits), device=limits.device)
+    lengths = torch.zeros_like(limits)
+    going = limits > 0
+    token_ids, probs = [], []
+    while bool(going.any()):
+        newest, law, chance = draw(step(newest), state)
+        token_ids.append(newest)
+        probs.append(law)
+        lengths = lengths + going
+        chances = chances * chance
+        going = going & (lengths < limits) & (1 - chances <= stopping.risk)
+    if not token_ids:
+        return no_draft(state)
+    laws = [law for law in probs if law is not None]
+    return Draft(torch.stack(token_ids, 1), lengths, torch.stack(laws, 1) if laws else None)
+
+
+class SelfDrafter(Drafter):
+    """The model drafts for itself, on its own cache, under a cheaper reading; then it forgets what it drafted."""
+
+    def __init__(self, stopping: Stopping | None = None) -> None:
+        self.stopping = stopping or Stopping()
+
+    def reading(self, state: State) -> AbstractContextManager[object]:
+        """What makes the model cheaper while it drafts. Here nothing: the draft is always right, and saves nothing."""
+        return nullcontext()
+
+    def propose(self, state: State, limits: torch.Tensor) -> Draft:
+        """Token by token on the model's own cache; the keys and values that drafting wrote are taken back."""
+        step = Stepper(state.model, state.cache, state.mask, positions(state.mask)[:, -1:])
+        with ExitStack() as stack:
+            stack.enter_context(charging_draft())
+            stack.enter_context(self.reading(state))
+            draft = draft_token_by_token(state, limits, self.stopping, step)
+        state.cache.crop(-step.num_read)
+        return draft
+
+
+class LowDial(SelfDrafter):
+    """The model at a low setting of its dial drafts, at the asked setting it checks: lossless, and no second model."""
+
+    def __init__(self, compute: float, stopping: Stopping | None = None) -> None:
+        super().__init__(stopping)
+        if not 0 < compute <= 1:
+            raise bad_setting("draft_compute", compute, "a number in (0, 1]")
+        self.compute = compute
+
+    def reading(self, state: State) -> AbstractContextManager[object]:
+        """At the low setting, on the meter of the caller."""
+        spending = current_spending()
+        return spend(self.compute, meter=None if spending is None else spending.meter)

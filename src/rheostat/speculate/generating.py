@@ -1,0 +1,161 @@
+"""`Adapted.generate(..., speculate=NAME)`: the loop behind the host's own arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from rheostat.errors import SettingError, bad_setting
+from rheostat.methods.base import Method
+from rheostat.sampling import Sampling
+from rheostat.speculate.drafter import Drafter, Stopping
+from rheostat.speculate.drafting import LowDial
+from rheostat.speculate.lookup import PromptLookup
+from rheostat.speculate.loop import Ending, speculate
+from rheostat.speculate.sparse import SnapKV, StreamingLLM
+
+DRAFT_LENGTH = 4
+"""Tokens drafted a round, unless asked otherwise."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a drafter may be made of."""
+
+    method: Method
+    low: float
+    """The least `compute` that the dial reaches."""
+    compute: float | None
+    """Of the draft, where given."""
+    stopping: Stopping
+
+
+def _own(asked: Asked) -> Drafter:
+    drafter = asked.method.drafter(asked.stopping)
+    if drafter is None:
+        raise bad_setting("speculate", "self", f"another drafter: {asked.method.name} has no draft of its own")
+    return drafter
+
+
+def _low_dial(asked: Asked) -> Drafter:
+    compute = asked.low if asked.compute is None else asked.compute
+    if compute >= 1:
+        raise bad_setting("speculate", "low_dial", "another drafter: this model's dial reaches no less than 1")
+    if compute < asked.low:
+        raise bad_setting("draft_compute", compute, f"between {asked.low:.3f} and 1")
+    return LowDial(compute, asked.stopping)
+
+
+DRAFTERS: dict[str, Callable[[Asked], Drafter]] = {
+    "self": _own,
+    "low_dial": _low_dial,
+    "prompt_lookup": lambda asked: PromptLookup(),
+    "streaming_llm": lambda asked: StreamingLLM(stopping=asked.stopping),
+    "snapkv": lambda asked: SnapKV(stopping=asked.stopping),
+}
+"""Drafters by name. A second model is given as a `SecondModel`."""
+
+
+def make_drafter(
+    asked: str | Drafter, method: Method, low: float, *, compute: float | None = None, risk: float = 1.0
+) -> Drafter:
+    """A drafter by name, or the one given.
+
+    Raises:
+        SettingError: no such drafter, or this model cannot have it.
+    """
+    if isinstance(asked, Drafter):
+        return asked
+    if asked not in DRAFTERS:
+        raise bad_setting("speculate", asked, f"one of {', '.join(DRAFTERS)}, or a drafter")
+    return DRAFTERS[asked](Asked(method, low, compute, Stopping(risk=risk)))
+
+
+def generate(
+    model: PreTrainedModel,
+    method: Method,
+    drafter: Drafter,
+    input_ids: torch.Tensor | None = None,
+    *,
+    draft_length: int = DRAFT_LENGTH,
+    generator: torch.Generator | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """The prompts [B, T] and what follows them, as the host's `generate` returns it: padded on the right.
+
+    Takes of the host's arguments: attention_mask, max_new_tokens, do_sample, temperature, top_k, top_p, eos_token_id,
+    pad_token_id, stop_strings with tokenizer, streamer, past_key_values. What is left out comes from the model's
+    generation settings.
+
+    Raises:
+        SettingError: for another argument, and for values that cannot be used.
+    """
+    if input_ids is None:
+        raise bad_setting("input_ids", None, "given")
+    settings = model.generation_config
+    mask, streamer = kwargs.pop("attention_mask", None), kwargs.pop("streamer", None)
+    ending, cache = _ending(settings, input_ids, kwargs), kwargs.pop("past_key_values", None)
+    sampling, filler = _sampling(settings, kwargs), _filler(settings, ending, kwargs)
+    if kwargs:
+        name = sorted(kwargs)[0]
+        raise SettingError(f"{name}: has no meaning with speculate; leave one of them out")
+    rows: list[list[int]] = [[] for _ in input_ids]
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    for one in speculate(
+        model,
+        method,
+        input_ids,
+        mask,
+        drafter=drafter,
+        draft_length=draft_length,
+        ending=ending,
+        sampling=sampling,
+        generator=generator,
+        cache=cache,
+    ):
+        for row, new in zip(rows, one.token_ids, strict=True):
+            row += new.tolist()
+        if streamer is not None:
+            for token in one.token_ids[0]:
+                streamer.put(token[None].cpu())
+    if streamer is not None:
+        streamer.end()
+    longest = max(map(len, rows))
+    new = torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=input_ids.device)
+    return torch.cat([input_ids, new], 1)
+
+
+def _ending(settings: Any, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> Ending:
+    limit = kwargs.pop("max_new_tokens", None) or settings.max_new_tokens
+    if limit is None:
+        limit = max(1, (settings.max_length or 20) - input_ids.shape[1])
+    ends = kwargs.pop("eos_token_id", settings.eos_token_id)
+    ends = ends if isinstance(ends, list | tuple) else [] if ends is None else [ends]
+    stops, tokenizer = kwargs.pop("stop_strings", None) or (), kwargs.pop("tokenizer", None)
+    stops = (stops,) if isinstance(stops, str) else tuple(stops)
+    decode = None if tokenizer is None else tokenizer.decode
+    return Ending(max_new_tokens=limit, eos_token_ids=tuple(ends), stop_strings=stops, decode=decode)
+
+
+def _sampling(settings: Any, kwargs: dict[str, Any]) -> Sampling:
+    given = {name: kwargs.pop(name, None) for name in ("do_sample", "temperature", "top_k", "top_p")}
+    asked = {name: getattr(settings, name) if value is None else value for name, value in given.items()}
+    if not asked["do_sample"]:
+        return Sampling()
+    plain: dict[str, Any] = {
+        "temperature": 1.0,
+        "top_k": 50,
+        "top_p": 1.0,
+    }  # what the host's own `generate` falls back to
+    return Sampling(**{name: asked[name] if asked[name] is not None else value for name, value in plain.items()})
+
+
+def _filler(settings: Any, ending: Ending, kwargs: dict[str, Any]) -> int:
+    asked = kwargs.pop("pad_token_id", None)
+    known = [asked, settings.pad_token_id, *ending.eos_token_ids, 0]
+    return int(next(one for one in known if one is not None))

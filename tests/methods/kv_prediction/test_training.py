@@ -1,0 +1,98 @@
+"""Training: gradients through the frozen model to the maps, and the parts of the loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rheostat.methods.base import Method
+from rheostat.methods.kv_prediction.predictor import predictors
+from rheostat.methods.kv_prediction.training import consistency, predicting
+from rheostat.methods.kv_prediction.watching import recording
+from rheostat.train.settings import TrainSettings
+from rheostat.train.trainer import train
+from tests.methods.kv_prediction.given import exact, given
+from tests.tiny import CONTRACT_FAMILIES, tiny_model, tiny_windows
+
+
+def parallel(adapted, depth, ids):
+    """Logits of the parallel form."""
+    is_first = torch.zeros_like(ids, dtype=torch.bool)
+    is_first[:, 0] = True
+    with predicting(adapted.model, predictors(adapted.model)[depth], is_first):
+        return adapted.model(ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", CONTRACT_FAMILIES)
+def test_exact_maps_make_the_parallel_form_dense_and_the_consistency_zero(family):
+    adapted = exact(family, 5)
+    ids = tiny_windows(3)
+    ids[:, 0] = 5
+    with torch.no_grad():
+        torch.testing.assert_close(parallel(adapted, 1, ids), tiny_model(family)(ids).logits, rtol=1e-4, atol=1e-4)
+        _, parts = adapted.method.loss(adapted.model, {"input_ids": ids})
+        _, dense = Method().loss(tiny_model(family), {"input_ids": ids})
+    assert parts["consistency"] < 1e-5
+    assert parts["lm"] == pytest.approx(dense["lm"], rel=1e-4)
+
+
+def test_the_parallel_form_is_causal():
+    adapted = given()
+    ids = tiny_windows(1, 20)
+    other = ids.clone()
+    other[0, 12:] = 9
+    with torch.no_grad():
+        one, two = parallel(adapted, 2, ids), parallel(adapted, 2, other)
+    torch.testing.assert_close(one[:, :12], two[:, :12])
+    assert not torch.allclose(one[:, 12:], two[:, 12:])
+
+
+def test_padding_changes_no_part_of_the_loss():
+    adapted = given(depths=(2,))
+    ids = tiny_windows(2, 24)
+    mask = torch.ones_like(ids)
+    mask[1, 16:] = 0
+    other = ids.clone()
+    other[1, 16:] = 7
+    with torch.no_grad():
+        one = adapted.method.loss(adapted.model, {"input_ids": ids, "attention_mask": mask})[1]
+        two = adapted.method.loss(adapted.model, {"input_ids": other, "attention_mask": mask})[1]
+    assert one == pytest.approx(two)
+
+
+def test_consistency_is_a_mean_over_layers_of_two_mean_distances():
+    adapted = given(depths=(2,))
+    ids = tiny_windows(2)
+    predictor = predictors(adapted.model)[2]
+    with torch.no_grad(), recording(adapted.model, 2) as seen:
+        adapted.model(ids)
+    moved = {place: tensor + (0.5 if place[0] == "keys" else 0.25) for place, tensor in seen.items()}
+    keep = torch.ones_like(ids, dtype=torch.bool)
+    assert float(consistency(adapted.model, predictor, moved, seen, keep)) == pytest.approx(0.75, rel=1e-5)
+
+
+def test_a_step_changes_the_maps_and_leaves_the_model_bit_identical(tmp_path):
+    adapted = given(depths=(1, 2), consistency_weight=0.0)
+    before = {name: value.clone() for name, value in adapted.model.state_dict().items()}
+    settings = TrainSettings(tokens=4 * 32 * 4, length=32, batch_size=4, learning_rate=1e-3)
+    facts = train(adapted, tiny_windows(16), settings, output_dir=tmp_path)
+    assert facts["steps"] == 4
+    changed = {name for name, value in adapted.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(".kv_predictors." in name for name in changed)
+
+
+def test_training_lowers_the_loss():
+    adapted = given(depths=(1,), ridge=1.0, inputs=())
+    windows = tiny_windows(8)
+    model = adapted.model
+    maps = [p for name, p in model.named_parameters() if name in set(adapted.method.trainable(model))]
+    optimizer = torch.optim.AdamW(maps, lr=3e-3)
+    losses = []
+    for _ in range(20):
+        loss, _ = adapted.method.loss(model, {"input_ids": windows})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.05
