@@ -102,7 +102,7 @@ static void steps(int format, int group, int threads) {
             std::unique_ptr<int32_t[]> lengths(new int32_t[rows]), starts(new int32_t[rows]);
             for (int r = 0; r < rows; r++) lengths[r] = positions[r] = slots - 1 - r, starts[r] = r, settings[r] = r % 2 * 0.5f;
             Step step = {hidden, positions.get(), settings, lengths.get(), starts.get(), (uint8_t*)keys.get(),
-                         (uint8_t*)values.get(), cos, sin, logits, experts.get(), rows};
+                         (uint8_t*)values.get(), (int64_t)n / num_layers, cos, sin, logits, experts.get(), rows};
             rheostat_step(&decoder, &step, threads);
         }
 }

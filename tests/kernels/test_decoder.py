@@ -102,6 +102,24 @@ def test_a_cache_that_is_outgrown_grows():
     compare(weights, None, num_rows=1, tolerance=2e-6, steps=cache_slots)
 
 
+def test_a_cache_may_keep_rows_free_in_each_layer():
+    """As a batch does that rows join and leave."""
+    weights = packed(tiny_model(), "fp32")
+    dense, roomy = new_cache(weights, 2), new_cache(weights, 2)
+    for name in ("keys", "values"):
+        room = torch.full_like(getattr(roomy, name).repeat(1, 3, 1, 1, 1), torch.nan)
+        room[:, :2] = getattr(roomy, name)
+        setattr(roomy, name, room[:, :2])
+    native, rope = NativeDecoder(kernels.library(), weights), RopeTable(weights.inv_freq)
+    ids, positions = torch.tensor([5, 6]), torch.tensor([5, 4])
+    logits = [native(ids, positions, cache, None, rope)[0] for cache in (dense, roomy)]
+    assert torch.equal(*logits)
+    assert torch.equal(dense.keys, roomy.keys)
+    roomy.keys = roomy.keys.transpose(2, 4).contiguous().transpose(2, 4)
+    with pytest.raises(SettingError, match="cache=.*dense in each layer"):
+        native(ids, positions, roomy, None, rope)
+
+
 def test_two_models_at_once():
     pairs = [(NativeDecoder(kernels.library(), w), w) for w in (packed(tiny_model(seed=s), "fp32") for s in (0, 1))]
     caches = [new_cache(weights, 2) for _, weights in pairs]
