@@ -177,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--against", help="checkpoint folder that `transformers serve` serves")
+    parser.add_argument("--continuous", action="store_true", help="with its continuous batching")
     parser.add_argument("--clients", default="1,4,8")
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--dials", default="1.0,0.9,0.8,0.7")
@@ -199,6 +200,7 @@ def main() -> None:
         if args.against:
             other = [os.path.join(os.path.dirname(sys.executable), "transformers"), "serve", "--host", "127.0.0.1",
                      "--port", str(theirs), "--dtype", args.dtype]  # fmt: skip
+            other += ["--continuous-batching"] if args.continuous else []
             with serving(other, theirs, args.out.with_suffix(".transformers.log")) as second:
                 measure(rows, [*sides, ("transformers", second, args.against, False)], args, requests)
         else:
