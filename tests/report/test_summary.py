@@ -71,6 +71,17 @@ def test_the_dense_row_has_the_quickest_stock_side_of_each_measure():
     assert (dense["first token, ms"], dense["tokens/s"]) == ("100", "50")
 
 
+def test_our_quickest_side_stands_for_a_setting_and_low_bits_stand_apart():
+    bench = [
+        {"side": "dial", "compute": 0.8, "ttft_ms": 300.0, "tokens_per_s": 20.0},
+        {"side": "native fp16", "compute": 0.8, "ttft_ms": 310.0, "tokens_per_s": 90.0},
+        {"side": "native int8", "compute": 0.8, "ttft_ms": 290.0, "tokens_per_s": 200.0},
+    ]
+    table = summary(check(sample("words") | {"bench": bench}))
+    dial = next(dict(zip(table.headings, row, strict=True)) for row in table.rows if row[:2] == ("dial", "0.8"))
+    assert (dial["first token, ms"], dial["tokens/s"], dial["tokens/s, low-bit weights"]) == ("300", "90", "200")
+
+
 def test_texts_alone_need_no_summary():
     report = sample("words")
     del report["tasks"], report["bench"]

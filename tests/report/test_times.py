@@ -19,11 +19,13 @@ def test_the_longest_prompt_at_the_first_batch_size():
         "rows": [
             row("stock", "stock float32", 64, 2, 0.5),
             row("dial", "dial 0.8", 64, 2, 0.25),
+            row("native", "native int8 0.8", 64, 2, 0.2),
             row("dial", "dial 0.8", 16, 2, 0.1),
             row("dial", "dial 0.8", 64, 4, 0.4),
         ],
     }
-    stock, dial = times(figures)
+    stock, dial, native = times(figures)
+    assert (native["side"], native["compute"]) == ("native int8", 0.8)
     assert (stock["side"], stock["compute"]) == ("stock float32", None)
     assert (dial["side"], dial["compute"], dial["prompt"], dial["batch"]) == ("dial", 0.8, 64, 2)
     assert dial["ttft_ms"] == {"median": 250.0, "low": 125.0, "high": 500.0}

@@ -14,6 +14,16 @@ from rheostat.terminal import short
 Key = tuple[str, float]
 """(kind, compute as asked)."""
 
+LOW_BIT = ("int8", "int4")
+"""How the names of sides end whose weights are of another precision than those that quality was measured with."""
+
+TIMES = (
+    ("first token, ms", "ttft_ms", False),
+    ("tokens/s", "tokens_per_s", False),
+    ("tokens/s, low-bit weights", "tokens_per_s", True),
+)
+"""Heading, measure, and whether of sides with low-bit weights."""
+
 
 def summary(report: Report) -> Table | None:
     """Every setting with its quality and its price; None for a report of texts alone, whose tables say it all."""
@@ -32,10 +42,8 @@ def summary(report: Report) -> Table | None:
         flops = {key: short(run["flops_per_token"]) for key, run in runs.items() if "flops_per_token" in run}
         moved = {key: f"{short(size)}B" for key, run in runs.items() if (size := run.get("bytes_per_token"))}
         columns += [("FLOPs a token", flops), ("bytes to decode a token", moved)]
-    times = _times(report.get("bench", []))
-    for heading, field in (("first token, ms", "ttft_ms"), ("tokens/s", "tokens_per_s")):
-        if cells := {key: _median(row.get(field)) for key, row in times[field].items()}:
-            columns.append((heading, cells))
+    for heading, field, is_low_bit in TIMES:
+        columns.append((heading, _times(report.get("bench", []), field, is_low_bit=is_low_bit)))
     columns = [(heading, cells) for heading, cells in columns if cells]
     return Table(
         headings=("", "asked", *(heading for heading, _ in columns)),
@@ -52,7 +60,7 @@ def _keys(report: Report) -> list[Key]:
     for text in report["texts"]:
         found |= dict.fromkeys((run["kind"], run["asked"]) for run in text["runs"])
     found |= dict.fromkeys((kind_of(one), one["compute"]) for one in report.get("tasks", []))
-    found |= dict.fromkeys(("dial", one["compute"] or 1.0) for one in report.get("bench", []) if _is_dial(one))
+    found |= dict.fromkeys(("dial", one["compute"] or 1.0) for one in report.get("bench", []) if _is_ours(one))
     order = list(dict.fromkeys(kind for kind, _ in found))
     order.sort(key=lambda kind: {"dense": 0, "dial": 1}.get(kind, 2))
     return sorted(found, key=lambda key: (key[0] != "dense", -key[1], order.index(key[0])))
@@ -91,30 +99,20 @@ def average_choice(tasks: Sequence[Task]) -> dict[Key, tuple[float, float, int, 
     return found
 
 
-def _times(bench: Sequence[Bench]) -> dict[str, dict[Key, Bench]]:
-    """Measure -> setting -> row. The dense model's is the stock side that was quickest at this very measure."""
-    found: dict[str, dict[Key, Bench]] = {}
-    for field in ("ttft_ms", "tokens_per_s"):
-        rows: dict[Key, Bench] = {}
-        for one in bench:
-            value = spread(one.get(field))
-            if value is None or one["side"].startswith("llama"):
-                continue
-            if _is_dial(one):
-                rows["dial", one["compute"] or 1.0] = one
-            elif one["side"].startswith("stock"):
-                old = rows.get(("dense", 1.0))
-                before = spread(old.get(field)) if old else None
-                is_better = before is None or (value[1] < before[1]) is (field == "ttft_ms")
-                rows["dense", 1.0] = one if is_better or old is None else old
-        found[field] = rows
-    return found
+def _times(bench: Sequence[Bench], field: str, *, is_low_bit: bool) -> dict[Key, str]:
+    """Setting -> median of the side that was quickest at this very measure: of stock's for the dense model, of ours for
+    the dial's settings; sides with low-bit weights, whose answers differ, apart from the others."""
+    best: dict[Key, float] = {}
+    for one in bench:
+        found = spread(one.get(field))
+        key = ("dial", one["compute"] or 1.0) if _is_ours(one) else ("dense", 1.0)
+        is_rival = not _is_ours(one) and not one["side"].startswith("stock")
+        if found is None or is_rival or one["side"].endswith(LOW_BIT) is not is_low_bit:
+            continue
+        choose = min if field == "ttft_ms" else max
+        best[key] = choose(best.get(key, found[1]), found[1])
+    return {key: f"{value:.4g}" for key, value in best.items()}
 
 
-def _is_dial(one: Bench) -> bool:
-    return one["side"].startswith("dial") and one["compute"] is not None
-
-
-def _median(value: Any) -> str:
-    found = spread(value)
-    return NONE if found is None else f"{found[1]:.4g}"
+def _is_ours(one: Bench) -> bool:
+    return one["side"].startswith(("dial", "native")) and one["compute"] is not None

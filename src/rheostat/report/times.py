@@ -21,10 +21,10 @@ def times(figures: Mapping[str, Any]) -> list[Bench]:
 
 
 def _row(row: Mapping[str, Any]) -> Bench:
-    is_dial = row["kind"] == "dial"
+    is_dial = row["kind"] in ("dial", "native")
     seconds = row["token"]["seconds"]
     return {
-        "side": "dial" if is_dial else row["side"],
+        "side": row["side"].removesuffix(f" {row['asked']:g}") if is_dial else row["side"],
         "compute": row["asked"] if is_dial else None,
         "ttft_ms": _milliseconds(row["first_token"]["seconds"]),
         "tpot_ms": _milliseconds(seconds),
