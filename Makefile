@@ -30,7 +30,7 @@ DEMO_COMPUTE := 1.0,0.8,0.7
 
 # `make figures` settings: the table in the README. DATA is a folder with the files that docs/evaluation.md lists.
 DATA ?= data
-ROWS ?= 150
+ROWS ?= 100
 FIGURES := figures
 CHOICES := hellaswag,arc_easy,arc_challenge,boolq,winogrande,openbookqa
 
@@ -53,7 +53,7 @@ figures: $(VENV)/.dev  ## Make the README's table anew: quality, tasks and times
 	$(BIN)/rheostat eval $(FIGURES) --compute 0.9,0.8,0.7 --windows 12 \
 	    --data $(DATA)/text/novels_valid.jsonl.gz,$(DATA)/text/wikitext2_raw_test.txt.gz \
 	    --tasks $(CHOICES) --task-data $(DATA) --limit $(ROWS) --task-baselines --out $(FIGURES)/report
-	$(BIN)/rheostat bench $(FIGURES) --compute 1.0,0.9,0.8,0.7 --prompts 512 --new 64 --out $(FIGURES)/report
+	$(BIN)/rheostat bench $(FIGURES) --compute 1.0,0.9,0.8,0.7 --prompts 512 --batch 1 --weights fp16,int8 --out $(FIGURES)/report
 
 test: $(VENV)/.dev  ## Run all tests but those that need the internet (tests for a GPU skip themselves without one)
 	$(BIN)/pytest -n $(JOBS) -m "$(FAST)" $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS leaves no test of this kind
