@@ -57,7 +57,7 @@ def test_an_unknown_verb(capsys):
     assert main(["evla"]) == 2
     err = capsys.readouterr().err
     assert err.startswith(
-        "rheostat: error: command='evla': must be one of adapt, generate, eval, bench, report, export, info"
+        "rheostat: error: command='evla': must be one of adapt, generate, eval, bench, serve, report, export, info"
     )
     assert err.count("\n") == 1
 
