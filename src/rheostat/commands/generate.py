@@ -77,6 +77,8 @@ def run(config: Config) -> dict[str, Any]:
     check_context(loaded.adapted, "max_new_tokens", config.max_new_tokens, num_tokens)
 
     native = loaded.adapted.runtime(config.runtime, config.weights)
+    if native is not None:
+        native.prepare()
     runs_on = "transformers" if native is None else f"native {native.format}"
     low = _cheapest_width(loaded)
     coloured = terminal.uses_colour(sys.stdout) and low < 1
