@@ -55,6 +55,7 @@ class NativeDecoder:
         settings: torch.Tensor | None,
         rope: Any,
         out: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Take the newest token of each row: its keys and values join the cache, whose lengths grow by one.
 
@@ -65,6 +66,7 @@ class NativeDecoder:
             settings: [B] float32, native settings; None, or 0 in a row, is the full FFN.
             rope: a `rheostat.runtime.rope.RopeTable` of these weights.
             out: [B, V] float32, contiguous: where the logits go.
+            hidden: [B, D] float32, contiguous, what enters the first layer instead of the tokens' embeddings; used up.
 
         Returns:
             Logits [B, V] float32, and the expert [L, B] int64 that each layer took; None when all took the full FFN
@@ -76,7 +78,7 @@ class NativeDecoder:
         num_rows = self._check(token_ids, positions, cache, settings)
         cache.reserve(int(cache.lengths.max()) + 1)
         table = rope.reserve(int(positions.max()) + 1)
-        hidden = _embed(self._weights.embedding, token_ids)
+        hidden = _embed(self._weights.embedding, token_ids) if hidden is None else hidden
         is_routed = settings is not None and self._weights.is_routed and bool((settings > 0).any())
         settings = settings.float().contiguous() if is_routed and settings is not None else None
         logits = torch.empty(num_rows, self._weights.vocab_size) if out is None else out

@@ -48,6 +48,7 @@ def step(
     cache: KVCache,
     settings: torch.Tensor | None,
     rope: RopeTable,
+    hidden: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Take the newest token of each row: its keys and values join the cache, whose lengths grow by one.
 
@@ -58,6 +59,7 @@ def step(
         cache: with a row for each token. It grows where it has to.
         settings: [B] float32, the native setting of each row; None, or 0 in a row, is the full FFN.
         rope: the table for `weights`.
+        hidden: [B, D] float32, what enters the first of the layers instead of the tokens' embeddings.
 
     Returns:
         Logits [B, V] float32, and the expert [L, B] int64 that each layer took; None when all took the full FFN
@@ -68,7 +70,7 @@ def step(
         settings = None
     shared = _Step(weights, cache, cos[:, None], sin[:, None], settings)
     cache.reserve(int(cache.lengths.max()) + 1)
-    h = rows_of(weights.embedding, token_ids)  # [B, D]
+    h = rows_of(weights.embedding, token_ids) if hidden is None else hidden  # [B, D]
     experts = []
     for place, layer in enumerate(weights.layers):
         h = h + _attention(shared, place, layer, rms_norm(h, layer.input_norm, weights.eps))
