@@ -156,7 +156,7 @@ class Scheduler:
             ticket = self.waiting[0]
             tokens += ticket.num_prompt_tokens
             is_long = self.reads_pieces and ticket.num_prompt_tokens > self.limits.prefill_tokens
-            if pieces and tokens > self.limits.prefill_tokens or is_long and self._next is not None:
+            if (pieces and tokens > self.limits.prefill_tokens) or (is_long and self._next is not None):
                 break
             self.waiting.popleft()
             self.running[ticket.id], self.rows[ticket.id] = ticket, ticket.num_rows
