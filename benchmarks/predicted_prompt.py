@@ -6,6 +6,7 @@
 Quality: perplexity of the tokens after a prompt, read at each depth, beside what could be had for as much or less:
 
 - `auxiliary`: the first k layers of the model alone, with its own norm and head, for prompt and answer;
+- `fitted`: the same with an affine map before the norm, solved on calibration text as the maps are;
 - `pruned`: k layers spread evenly over the model alone, for prompt and answer;
 - `dropped`: the whole model on as large a share of the prompt's tokens as the depth costs, drawn at random (the first
   and the last stay, positions too);
@@ -26,11 +27,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from prompt_readers import even_layers, first_layers, fitted_layers
 
 import rheostat
 from rheostat import families
 from rheostat.adapted import Adapted
-from rheostat.methods.kv_prediction.auxiliary import pruned_copy
 from rheostat.provenance import provenance
 from rheostat.text import pack, read_texts
 
@@ -73,7 +74,9 @@ def read_adapted(adapted: Adapted, prompts: torch.Tensor, compute: float) -> tup
 
 
 @torch.no_grad()
-def quality(adapted: Adapted, windows: torch.Tensor, answer: int, depths: dict[float, int]) -> list[dict[str, Any]]:
+def quality(
+    adapted: Adapted, windows: torch.Tensor, answer: int, depths: dict[float, int], fitted: dict[int, Any]
+) -> list[dict[str, Any]]:
     """Perplexity of the last `answer` tokens of windows [N, T], by reader; the first row is the dense model's."""
     model = adapted.model
     num_layers = len(families.layers(model))
@@ -85,11 +88,11 @@ def quality(adapted: Adapted, windows: torch.Tensor, answer: int, depths: dict[f
     add("dense", 1.0, model, lambda p: read_plain(model, p))
     add("none", 0.0, model, lambda p: (None, p[:, :0]))
     for compute, depth in depths.items():
-        first = pruned_copy(model, list(range(depth)))
-        even = pruned_copy(model, [round(k * (num_layers - 1) / (depth - 1)) for k in range(depth)])
+        first, even = first_layers(model, depth), even_layers(model, depth)
         drawn = torch.Generator().manual_seed(depth)
         add(f"predicted {depth}", compute, model, lambda p, c=compute: read_adapted(adapted, p, c))
         add(f"auxiliary {depth}", depth / num_layers, first, lambda p, m=first: read_plain(m, p))
+        add(f"fitted {depth}", depth / num_layers, fitted[depth], lambda p, m=fitted[depth]: read_plain(m, p))
         add(f"pruned {depth}", depth / num_layers, even, lambda p, m=even: read_plain(m, p))
         add(f"dropped {depth}", compute, model, lambda p, c=compute, g=drawn: read_dropped(model, p, c, g))
     rows = []
@@ -191,12 +194,16 @@ def main(given: list[str]) -> None:
     if args.depths:
         depths = {c: d for c, d in depths.items() if d in {int(one) for one in args.depths.split(",")}}
     figures: dict[str, Any] = {"arguments": vars(args), "quality": {}, "time": []}
+    fitted = {}
+    if args.data:
+        calibration = pack(tokenizer, read_texts("builtin:calibration"), length=512, limit=32, seed=args.seed)
+        fitted = fitted_layers(adapted.model, depths.values(), calibration)
     for one in filter(None, args.data.split(",")):
         name, _, file = one.partition("=")
         print(f"-- {name}")
         length = args.prompt + args.answer
         windows = pack(tokenizer, read_texts(file), length=length, limit=args.windows, seed=args.seed)
-        figures["quality"][name] = quality(adapted, windows, args.answer, depths)
+        figures["quality"][name] = quality(adapted, windows, args.answer, depths, fitted)
     if args.time:
         stock = rheostat.load("smollm2-135m", dtype=getattr(torch, args.dtype))[0]
         lengths, news = ([int(one) for one in text.split(",")] for text in (args.time, args.new))
