@@ -26,7 +26,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def filled(weights: DecoderWeights, lengths: tuple[int, ...], dtype: torch.dtype = torch.float32) -> KVCache:
     """A cache of random keys and values; the rows' padding differs."""
     heads, dim = weights.num_kv_heads, weights.head_dim
-    cache = KVCache(num_layers=len(weights.layers), num_rows=len(lengths), num_kv_heads=heads, head_dim=dim, dtype=dtype)
+    cache = KVCache(
+        num_layers=len(weights.layers), num_rows=len(lengths), num_kv_heads=heads, head_dim=dim, dtype=dtype
+    )
     cache.reserve(max(lengths))
     generator = torch.Generator().manual_seed(1)
     for states in (cache.keys, cache.values):

@@ -15,7 +15,7 @@ from rheostat.kernels.packed import CMatrix, PackedMatrix, pack
 
 RULES = ("damage", "confidence")
 
-MAX_ROWS = 256
+MAX_ROWS = 2048
 """Tokens of one step; more are for matrix products."""
 
 

@@ -6,12 +6,13 @@ The forms of the weights are made when a phase first needs them: a prompt's firs
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rheostat.caches.hierarchical import saved_bytes
 from rheostat.geometry import Geometry
 from rheostat.kernels import NativeDecoder, library
 from rheostat.meter import Meter
@@ -19,9 +20,10 @@ from rheostat.runtime import packing, plain
 from rheostat.runtime.billing import Biller, Tally
 from rheostat.runtime.building import Unsupported, build, stamp
 from rheostat.runtime.cache import KVCache
+from rheostat.runtime.planes import PlaneCache, check_planes
 from rheostat.runtime.prefill import Prompt, prefill
 from rheostat.runtime.rope import RopeTable
-from rheostat.runtime.weights import DecoderWeights
+from rheostat.runtime.weights import CacheForm, DecoderWeights, DraftForm
 from rheostat.spending import current_spending
 
 AHEAD = 512
@@ -34,19 +36,30 @@ Settings = Mapping[str, torch.Tensor]
 class Runtime:
     """One model's weights in the forms that prefill and decode like."""
 
-    def __init__(self, model: Any, format: str, hooks: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        model: Any,
+        format: str,
+        hooks: frozenset[int] = frozenset(),
+        cache_form: CacheForm | None = None,
+        draft_form: DraftForm | None = None,
+    ) -> None:
         """Look at the model; nothing is copied yet.
 
         Args:
             model: of `transformers`, with its methods attached.
             format: one of `kernels.FORMATS`.
             hooks: ids of hooks on the head that the caller answers for.
+            cache_form: of the cache of each batch; None is an ordinary one.
+            draft_form: what a draft of the model itself reads; None where it has none.
 
         Raises:
             Unsupported: the runtime cannot run this model, or not in this format.
         """
         self.weights = build(model, hooks)
-        self.format = format
+        self.format, self.cache_form, self.draft_form = format, cache_form, draft_form
+        if cache_form is not None:
+            check_planes(cache_form, self.weights)
         for layer in self.weights.layers:
             packing.check_edges(layer.ffn.sizes, format)
         self.stamp = stamp(model, self.weights)
@@ -61,14 +74,22 @@ class Runtime:
         self._lock = threading.Lock()
         self._decode: tuple[DecoderWeights, NativeDecoder | None] | None = None
         self._prefill: DecoderWeights | None = None
+        self._draft: tuple[DecoderWeights, NativeDecoder | None] | None = None
 
-    def fits(self, model: Any, hooks: frozenset[int] = frozenset()) -> bool:
-        """Whether the model is still what was looked at.
+    def fits(
+        self,
+        model: Any,
+        hooks: frozenset[int] = frozenset(),
+        cache_form: CacheForm | None = None,
+        draft_form: DraftForm | None = None,
+    ) -> bool:
+        """Whether the model is still what was looked at, and what is asked of it.
 
         Raises:
             Unsupported: it has become something that we cannot run.
         """
-        return self.stamp == stamp(model, build(model, hooks))
+        asked = (self.cache_form, self.draft_form) == (cache_form, draft_form)
+        return asked and self.stamp == stamp(model, build(model, hooks))
 
     @property
     def decode_weights(self) -> DecoderWeights:
@@ -83,19 +104,38 @@ class Runtime:
                 self._decode = weights, None if code is None else NativeDecoder(code, weights)
             return self._decode
 
-    def prepare(self) -> None:
-        """Make both forms of the weights now, so that no answer's clock has it in it."""
+    def _drafter(self) -> tuple[DecoderWeights, NativeDecoder | None]:
+        """The draft's own form; the decode form where it has none."""
+        decode, _ = self._decoder()
+        with self._lock:
+            if self._draft is None and self.draft_form is not None:
+                code = library()
+                weights = packing.draft_form(self.weights, decode, self.draft_form, is_packed=code is not None)
+                self._draft = weights, None if code is None else NativeDecoder(code, weights)
+        return self._draft or self._decoder()
+
+    def prepare(self, *, draft: bool = False) -> None:
+        """Make the forms of the weights now, so that no answer's clock has it in it; the draft's where it is wanted."""
         self._decoder()
         _ = self.prefill_weights
+        if draft:
+            self._drafter()
 
     def step(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, cache: KVCache, settings: torch.Tensor | None
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KVCache,
+        settings: torch.Tensor | None,
+        counts: Sequence[int] | None = None,
+        *,
+        is_draft: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One decode step, natively where that can be built: see `plain.step`."""
-        weights, native = self._decoder()
+        """One decode step, natively where that can be built: see `plain.step`. A draft reads the draft's weights."""
+        weights, native = self._drafter() if is_draft else self._decoder()
         if native is None:
-            return plain.step(weights, token_ids, positions, cache, settings, self.rope)
-        return native(token_ids, positions, cache, settings, self.rope)
+            return plain.step(weights, token_ids, positions, cache, settings, self.rope, counts)
+        return native(token_ids, positions, cache, settings, self.rope, counts=counts)
 
     @property
     def prefill_weights(self) -> DecoderWeights:
@@ -108,8 +148,13 @@ class Runtime:
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes held now beyond the model's own weights, by phase."""
-        forms = {"prefill": self._prefill, "decode": None if self._decode is None else self._decode[0]}
-        return {phase: 0 if form is None else packing.own_bytes(form, self.weights) for phase, form in forms.items()}
+        decode, draft = (None if one is None else one[0] for one in (self._decode, self._draft))
+        forms = {"prefill": (self._prefill, self.weights), "decode": (decode, self.weights), "draft": (draft, decode)}
+        return {
+            phase: 0 if form is None else packing.own_bytes(form, other or self.weights)
+            for phase, (form, other) in forms.items()
+            if form is not None or phase != "draft"
+        }
 
     def new_cache(self, num_rows: int, num_slots: int) -> KVCache:
         """An empty cache."""
@@ -122,6 +167,15 @@ class Runtime:
             num_slots=num_slots,
             dtype=self.cache_dtype,
         )
+
+    def body_savings(self, cache: KVCache, bits: int) -> int:
+        """Bytes of a full cache that a pass over one in planes leaves unread, all layers and rows."""
+        body = cache.body
+        assert body is not None
+        layers, _, heads, width = body.shape
+        sizes = (body.group_size, body.value_group_size)
+        rows = (saved_bytes(n, heads, width, sizes, bits, self.itemsize) for n in body.lengths.tolist())
+        return layers * sum(rows)
 
     def setting(self, settings: Settings) -> torch.Tensor | None:
         """What the routers obey, [B] float32; None where all run dense."""
@@ -174,6 +228,7 @@ class Batch:
         batch = cls(runtime, cache, torch.tensor(prompt.lengths), logits.float())
         if (spending := current_spending()) is not None:
             runtime.biller.prefill(spending.meter, batch._tally, prompt.valid, prompt.lengths, experts)
+        batch._take_form(num_new)
         return batch
 
     @classmethod
@@ -192,7 +247,15 @@ class Batch:
         num_slots = attention_mask.shape[1]
         cache = runtime.new_cache(len(logits), num_slots + min(num_new, AHEAD))
         cache.fill(pairs, num_slots - lengths)
-        return cls(runtime, cache, lengths, logits.float())
+        batch = cls(runtime, cache, lengths, logits.float())
+        batch._take_form(num_new)
+        return batch
+
+    def _take_form(self, num_new: int) -> None:
+        """Put what was read into the cache that the runtime has to keep."""
+        if (form := self.runtime.cache_form) is not None:
+            room = int(self.positions.max()) + min(num_new, AHEAD)
+            self.cache = PlaneCache.of(self.cache, form.group_size, form.value_group_size, room)
 
     def step(self, token_ids: torch.Tensor, settings: torch.Tensor | None) -> torch.Tensor:
         """Read the newest token [B] of each row at the native settings [B]; returns the next one's logits [B, V].
@@ -204,11 +267,47 @@ class Batch:
         if meter is not None and (self._open is None or self._open[0] is not meter):
             self.settle()
             self._open = (meter, self.positions.clone(), [])
+        if self._open is not None and self.cache.body is not None:
+            self._bill_body(spending.meter if spending is not None else None)
         self.logits, experts = self.runtime.step(token_ids, self.positions, self.cache, settings)
+        self.cache.settle()
         self.positions += 1
         if self._open is not None and meter is not None:
             self._open[2].append(experts)
         return self.logits
+
+    def check(
+        self, token_ids: torch.Tensor, settings: torch.Tensor | None, counts: Sequence[int], *, is_draft: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Read several tokens [N] a row, `counts` [B] of them, which may be taken back: nothing moves to a body yet.
+
+        Bills nothing: whoever checks knows what for.
+
+        Returns:
+            Logits [N, V], and the experts [L, N] that were taken, if any were chosen.
+        """
+        number = torch.tensor(counts)
+        ends = number.cumsum(0)
+        firsts = (self.positions - (ends - number)).repeat_interleave(number)
+        given = None if settings is None else settings.repeat_interleave(number)
+        positions = firsts + torch.arange(len(token_ids))
+        logits, experts = self.runtime.step(token_ids, positions, self.cache, given, counts, is_draft=is_draft)
+        self.positions += number
+        return logits, experts
+
+    def take_back(self, numbers: torch.Tensor) -> None:
+        """Forget the newest tokens of each row, [B] of them."""
+        self.cache.truncate(self.cache.lengths - numbers.int())
+        self.positions -= numbers
+
+    @property
+    def tally(self) -> Tally:
+        """What the meter holds of this batch."""
+        return self._tally
+
+    def _bill_body(self, meter: Meter | None) -> None:
+        if meter is not None:
+            meter.add("scores", 0, -self.runtime.body_savings(self.cache, 8), 0, 0)
 
     def settle(self) -> None:
         """Bill the steps that were not billed yet."""

@@ -11,8 +11,10 @@ import torch
 
 from rheostat.caches import planes
 from rheostat.caches.hierarchical import body_length
-from rheostat.errors import bad_setting
+from rheostat.errors import SettingError, bad_setting
+from rheostat.runtime.building import Unsupported
 from rheostat.runtime.cache import KVCache
+from rheostat.runtime.weights import CacheForm, DecoderWeights
 
 LANES = 16
 """Tokens (of keys) and channels (of values) side by side; blocks are rounded up to them."""
@@ -251,6 +253,20 @@ def check_groups(value_group_size: int, head_dim: int) -> None:
     """
     if value_group_size != head_dim and (value_group_size % LANES or head_dim % value_group_size):
         raise bad_setting("value_group_size", value_group_size, f"{head_dim}, or a multiple of {LANES} that divides it")
+
+
+def check_planes(form: CacheForm, weights: DecoderWeights) -> None:
+    """Refuse a cache form that cannot be kept for a model.
+
+    Raises:
+        Unsupported: layers with a window, or groups that the kernels cannot read.
+    """
+    if any(layer.window for layer in weights.layers):
+        raise Unsupported("a cache in planes with layers that attend to a window")
+    try:
+        check_groups(form.value_group_size or weights.head_dim, weights.head_dim)
+    except SettingError as error:
+        raise Unsupported(f"such a cache ({error})") from None
 
 
 def _padded(n: int) -> int:
