@@ -137,7 +137,7 @@ class MeasuredPace(Pace):
         chosen = f"drafts of {best}" if best else "no drafts"
         draft, check, plain = (1e3 * s for s in (median(self._drafts), *map(self.check_seconds, (tried + 1, 1))))
         self.verdict = (
-            f"{chosen}: with drafts of {tried}, {self.rate(tried) / self.rate(0):.2f} times the speed of plain decoding is "
+            f"{chosen}: with drafts of {tried}, {self.rate(tried) / self.rate(0):.2f} times the speed of plain decoding "
             f"expected ({draft:.1f} ms a drafted token, {check:.1f} ms a check, {plain:.1f} ms a plain token, "
             f"{self.acceptance:.0%} accepted)"
         )

@@ -26,7 +26,8 @@ struct Planes {
     int tokens() const { return round_up(group, kLanes); }
 };
 
-constexpr int kDigitBits = 7, kMostDigits = 3;
+constexpr int kDigitBits = 7;
+constexpr int kMostQueries = 6;  // at once: with three digits each, what the registers hold
 
 // What one thread needs while it reads a body.
 struct BodyRoom {
@@ -34,6 +35,13 @@ struct BodyRoom {
     std::vector<float> floats;
     std::vector<uint8_t> codes;
 };
+
+typedef int8_t B16 __attribute__((vector_size(16)));
+
+INLINE void store_bytes(int8_t* to, I16 v) {
+    B16 b = __builtin_convertvector(v, B16);
+    memcpy(to, &b, sizeof b);
+}
 
 // Numbers x [n] (n a multiple of 16) as scale * sum of digit_i * 128^(D - 1 - i); `total` is scale * their sum.
 template <int D>
@@ -55,10 +63,10 @@ INLINE void to_digits(const float* x, int n, int8_t* digits, float& scale, float
         sum += v;
         for (int d = D - 1; d > 0; d--) {
             I16 low = ((v + 64) & 127) - 64;
-            for (int j = 0; j < kLanes; j++) digits[d * n + i + j] = (int8_t)low[j];
+            store_bytes(digits + d * n + i, low);
             v = (v - low) >> kDigitBits;
         }
-        for (int j = 0; j < kLanes; j++) digits[i + j] = (int8_t)v[j];
+        store_bytes(digits + i, v);
     }
     int64_t whole = 0;
     for (int j = 0; j < kLanes; j++) whole += sum[j];
@@ -86,7 +94,7 @@ INLINE void unpack_codes(const uint8_t* upper, const uint8_t* lower, int octs, u
 
 // out[r] = sixteen sums of codes [quads][16][4] with the digits [R][D][width] of R queries.
 template <int R, int D, bool Small>
-INLINE void dot_codes(const uint8_t* codes, int quads, const int8_t* digits, int width, F16* out) {
+static void dot_codes(const uint8_t* codes, int quads, const int8_t* digits, int width, F16* out) {
     I16 acc[R][D]{};
     for (int q = 0; q < quads; q++) {
         I16 v = load_bytes(codes + q * 64);
@@ -104,23 +112,33 @@ INLINE void dot_codes(const uint8_t* codes, int quads, const int8_t* digits, int
 
 template <int D, bool Small, class Take>
 INLINE void dot_all(const uint8_t* codes, int quads, const int8_t* digits, int width, int num_queries, Take&& take) {
-    F16 out[4];
-    int q = 0;
-    for (; q + 4 <= num_queries; q += 4) {
-        dot_codes<4, D, Small>(codes, quads, digits + q * D * width, width, out);
-        for (int r = 0; r < 4; r++) take(q + r, out[r]);
-    }
-    for (; q < num_queries; q++) {
-        dot_codes<1, D, Small>(codes, quads, digits + q * D * width, width, out);
-        take(q, out[0]);
+    F16 out[kMostQueries];
+    const int blocks = (num_queries + kMostQueries - 1) / kMostQueries;
+    for (int i = 0; i < blocks; i++) {
+        Share share(num_queries, i, blocks);
+        const int8_t* x = digits + (int64_t)share.begin * D * width;
+        switch (share.end - share.begin) {
+            case 1: dot_codes<1, D, Small>(codes, quads, x, width, out); break;
+            case 2: dot_codes<2, D, Small>(codes, quads, x, width, out); break;
+            case 3: dot_codes<3, D, Small>(codes, quads, x, width, out); break;
+            case 4: dot_codes<4, D, Small>(codes, quads, x, width, out); break;
+            case 5: dot_codes<5, D, Small>(codes, quads, x, width, out); break;
+            default: dot_codes<6, D, Small>(codes, quads, x, width, out);
+        }
+        for (int q = share.begin; q < share.end; q++) take(q, out[q - share.begin]);
     }
 }
 
+template <int Type>
+INLINE void widen_as(const void* from, int64_t at, int n, float* to) {
+    const typename Stored<Type>::T* p = (const typename Stored<Type>::T*)from + at;
+    for (int i = 0; i < n; i += kLanes) store_part(to + i, get_part<Type>(p + i, std::min(kLanes, n - i)), std::min(kLanes, n - i));
+}
+
 INLINE void widen(int format, const uint8_t* from, int64_t at, int n, float* to) {
-    for (int i = 0; i < n; i++)
-        to[i] = format == kFloat32    ? ((const float*)from)[at + i]
-                : format == kBFloat16 ? bfloat_to_float(((const uint16_t*)from)[at + i])
-                                      : half_to_float(((const uint16_t*)from)[at + i]);
+    if (format == kFloat32) return widen_as<kFloat32>(from, at, n, to);
+    if (format == kBFloat16) return widen_as<kBFloat16>(from, at, n, to);
+    return widen_as<kFloat16>(from, at, n, to);
 }
 
 // The bytes product takes the codes less this.
