@@ -192,4 +192,9 @@ def _embed(embedding: Any, token_ids: torch.Tensor) -> torch.Tensor:
     """[B, D] float32, fresh memory."""
     if isinstance(embedding, PackedMatrix):
         return embedding.rows(token_ids)
-    return embedding.detach()[token_ids].float().contiguous()
+    # Not by torch, which would wake a thread for a few rows: it then spins, on a core that this step needs.
+    table = embedding.detach()
+    bits = {2: torch.int16, 4: torch.int32}.get(table.itemsize)
+    if bits is None or table.device.type != "cpu":
+        return table[token_ids].float().contiguous()
+    return torch.from_numpy(table.view(bits).numpy()[token_ids.numpy()]).view(table.dtype).float()

@@ -130,12 +130,14 @@ class Runtime:
         counts: Sequence[int] | None = None,
         *,
         is_draft: bool = False,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One decode step, natively where that can be built: see `plain.step`. A draft reads the draft's weights."""
+        """One decode step, natively where that can be built: see `plain.step`. A draft reads the draft's weights; `out`
+        [N, V] may take the logits."""
         weights, native = self._drafter() if is_draft else self._decoder()
         if native is None:
             return plain.step(weights, token_ids, positions, cache, settings, self.rope, counts)
-        return native(token_ids, positions, cache, settings, self.rope, counts=counts)
+        return native(token_ids, positions, cache, settings, self.rope, out, counts)
 
     @property
     def prefill_weights(self) -> DecoderWeights:
@@ -204,6 +206,7 @@ class Batch:
         self.logits = logits
         """[B, V] float32, for the next token."""
         self._tally = Tally()
+        self._room = torch.empty(0, 0)
         self._open: tuple[Meter, torch.Tensor, list[torch.Tensor | None]] | None = None
 
     @classmethod
@@ -284,14 +287,17 @@ class Batch:
         Bills nothing: whoever checks knows what for.
 
         Returns:
-            Logits [N, V], and the experts [L, N] that were taken, if any were chosen.
+            Logits [N, V], valid until the next call, and the experts [L, N] that were taken, if any were chosen.
         """
         number = torch.tensor(counts)
         ends = number.cumsum(0)
         firsts = (self.positions - (ends - number)).repeat_interleave(number)
         given = None if settings is None else settings.repeat_interleave(number)
         positions = firsts + torch.arange(len(token_ids))
-        logits, experts = self.runtime.step(token_ids, positions, self.cache, given, counts, is_draft=is_draft)
+        if len(self._room) < len(token_ids):  # kept: fresh memory of this size costs milliseconds on some machines
+            self._room = torch.empty(len(token_ids), self.runtime.weights.vocab_size)
+        out = self._room[: len(token_ids)]
+        logits, experts = self.runtime.step(token_ids, positions, self.cache, given, counts, is_draft=is_draft, out=out)
         self.positions += number
         return logits, experts
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 import torch
 
 from rheostat.errors import bad_setting
-from rheostat.sampling import probabilities
+from rheostat.sampling import most_likely, probabilities
 from rheostat.speculate.drafter import Draft, Drafter, State, Stopping, no_draft
 from rheostat.spending import current_spending, spend
 
@@ -19,14 +19,19 @@ def charging_draft() -> AbstractContextManager[None]:
     return nullcontext() if spending is None else spending.meter.charging("draft")
 
 
-def draw(logits: torch.Tensor, state: State) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+def draw(
+    logits: torch.Tensor, state: State, *, wants_chance: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Draw a drafted token a row from logits [B, V].
 
     Returns:
-        The tokens [B], what they were drawn from [B, V] (None when greedy), and each token's own probability [B].
+        The tokens [B], what they were drawn from [B, V] (None when greedy), and each token's own probability [B]
+        (ones where nobody wants it).
     """
     if state.is_greedy:
-        best = logits.argmax(-1)
+        best = most_likely(logits)
+        if not wants_chance:
+            return best, None, torch.ones(len(best), device=best.device)
         return best, None, logits.softmax(-1).gather(1, best[:, None])[:, 0]
     probs = probabilities(logits, state.sampling)
     token_ids = torch.multinomial(probs, 1, generator=state.generator)[:, 0]
@@ -46,7 +51,7 @@ def draft_token_by_token(
     going = limits > 0
     token_ids, probs = [], []
     while bool(going.any()):
-        newest, law, chance = draw(step(newest), state)
+        newest, law, chance = draw(step(newest), state, wants_chance=stopping.risk < 1)
         token_ids.append(newest)
         probs.append(law)
         lengths = lengths + going

@@ -20,7 +20,7 @@ from rheostat.cost import rows_decode_cost
 from rheostat.errors import bad_setting
 from rheostat.geometry import Geometry
 from rheostat.methods.base import Method
-from rheostat.sampling import Sampling, probabilities, sample
+from rheostat.sampling import Sampling, most_likely, probabilities, sample
 from rheostat.speculate.accepting import accept_greedy, accept_sampled
 from rheostat.speculate.drafter import Draft, Drafter, Host, State, no_draft
 from rheostat.speculate.pacing import Pace
@@ -189,7 +189,7 @@ def _check(state: State, draft: Draft) -> torch.Tensor:
 def _accept(state: State, draft: Draft, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = draft.lengths * state.active
     if state.is_greedy:
-        return accept_greedy(logits.argmax(-1), draft.token_ids, lengths)
+        return accept_greedy(most_likely(logits), draft.token_ids, lengths)
     laws = probabilities(logits.flatten(0, 1), state.sampling).view(logits.shape)
     return accept_sampled(laws, draft.token_ids, draft.probs, lengths, state.generator)
 
