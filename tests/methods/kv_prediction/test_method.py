@@ -30,6 +30,7 @@ from tests.tiny import SMOLLM2, tiny_model, tiny_windows
         {"ridge": -1.0},
         {"rank": float("nan")},
         {"distill_weight": 1.5},
+        {"answer_share": 0.6},
         {"z_weight": True},
     ],
 )

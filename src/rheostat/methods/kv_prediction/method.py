@@ -64,6 +64,9 @@ class KVPrediction(Method):
     """Weight of the mean square of log-sum-exp of the logits."""
     distill_weight: float = 0.0
     """Share of the language-model loss taken from the dense model's own distribution (not in the paper)."""
+    answer_share: float = 0.0
+    """Mean share of a training window, its end, that is read as answers are in use: on its own keys and values and the
+    predicted ones before it. 0 as published: predicted ones only (more than 0 is not in the paper)."""
 
     def __post_init__(self) -> None:
         if not self.depths or not all(_is_number(d, 0) and d > 0 and (d < 1 or d == int(d)) for d in self.depths):
@@ -85,6 +88,8 @@ class KVPrediction(Method):
                 raise bad_setting(f"kv_prediction.{field}", getattr(self, field), "a finite number of at least 0")
         if self.distill_weight > 1:
             raise bad_setting("kv_prediction.distill_weight", self.distill_weight, "from 0 to 1")
+        if not _is_number(self.answer_share, 0) or self.answer_share > 0.5:
+            raise bad_setting("kv_prediction.answer_share", self.answer_share, "from 0 to 0.5")
 
     @property
     def has_own_auxiliary(self) -> bool:
