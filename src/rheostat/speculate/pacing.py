@@ -134,11 +134,11 @@ class MeasuredPace(Pace):
             return
         self._best = best
         tried = best or max(range(1, self.longest + 1), key=self.rate)
-        chosen = f"drafts of {best}" if best else "no drafts"
+        chosen, gain = f"drafts of {best}" if best else "no drafts", self.rate(tried) / self.rate(0)
         draft, check, plain = (1e3 * s for s in (median(self._drafts), *map(self.check_seconds, (tried + 1, 1))))
         self.verdict = (
-            f"{chosen}: with drafts of {tried}, {self.rate(tried) / self.rate(0):.2f} times the speed of plain decoding "
-            f"expected ({draft:.1f} ms a drafted token, {check:.1f} ms a check, {plain:.1f} ms a plain token, "
+            f"{chosen}: drafts of {tried} are expected to run at {gain:.2f} times the speed of plain decoding "
+            f"({draft:.1f} ms a drafted token, {check:.1f} ms a check, {plain:.1f} ms a plain token, "
             f"{self.acceptance:.0%} accepted)"
         )
         logger.info("speculation: %s", self.verdict)
