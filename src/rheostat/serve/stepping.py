@@ -10,7 +10,7 @@ from rheostat.sampling import sample
 from rheostat.serve.adaptive import lowered
 from rheostat.serve.backend import Backend
 from rheostat.serve.desk import Desk
-from rheostat.serve.errors import failure
+from rheostat.serve.errors import failure, is_memory
 from rheostat.serve.jobs import Job, Token, TokenProbability
 from rheostat.serve.running import Line, Running
 
@@ -77,11 +77,21 @@ class Stepper:
             try:
                 self.backend.step(rows, [line.newest for _, line in lines], [line.compute for _, line in lines])
                 return
-            except Exception:
-                logger.exception("a step of %d rows failed; each goes by itself", len(rows))
+            except Exception as error:
+                logger.exception("a step of %d rows failed", len(rows))
+                if is_memory(error):
+                    self._read_fewer(lines, error)
+                    return
         for one, line in lines:
             if self.desk.holds(one):
                 self._read_alone(one, line)
+
+    def _read_fewer(self, lines: list[tuple[Running, Line]], error: Exception) -> None:
+        """Give up the job that came last, so that the others have room."""
+        newest = lines[-1][0]
+        self._fail(newest, error)
+        if rest := [(one, line) for one, line in lines if one is not newest]:
+            self._read(rest)
 
     def _read_alone(self, one: Running, line: Line) -> None:
         try:
