@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import torch
 
 from rheostat.sampling import sample
@@ -62,11 +63,13 @@ class Stepper:
                 self.desk.end_line(one, line, "length")
 
     def _choose(self, job: Job, line: Line) -> int:
-        best = line.row.logits.max(-1)  # one pass over the vocabulary: it finds what is not a number too
-        if not float("-inf") < float(best.values):
+        # Not by torch, which would wake a thread for so many numbers: it then spins, on a core that the step needs.
+        logits = line.row.logits.numpy()
+        best = int(logits.argmax())  # of what is not a number, the first
+        if not logits[best] > -np.inf:
             raise FloatingPointError("logits that are not numbers")
         if job.sampling.temperature == 0:
-            return int(best.indices)
+            return best
         return int(sample(line.row.logits[None], job.sampling, line.generator)[0])
 
     # -- read
