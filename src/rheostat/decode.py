@@ -66,7 +66,7 @@ def stream(
     if mask.shape != input_ids.shape or not bool(mask[:, -1].all()):
         allowed = f"{list(input_ids.shape)}, with padding on the left only"
         raise bad_setting("attention_mask", f"{list(mask.shape)}", allowed)
-    native = adapted.runtime(runtime, weights)
+    native = adapted.runtime(runtime, weights, with_forms=True)
     started = time.perf_counter()
     passes = (
         _Stock(adapted, input_ids, mask)

@@ -20,7 +20,7 @@ from rheostat import families
 from rheostat.cost import Cost, dense_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
-from rheostat.runtime.weights import FFNWeights, ReadAhead
+from rheostat.runtime.weights import CacheForm, DraftForm, FFNWeights, ReadAhead
 from rheostat.speculate.drafter import Drafter, Stopping
 
 if TYPE_CHECKING:
@@ -47,6 +47,16 @@ class MeteredFFN(nn.Module):
         """This FFN as the runtime computes it, as views of its parameters; None (the default) when the runtime cannot,
         and `transformers` runs the model."""
         return None
+
+
+class StandIn(nn.Linear):
+    """Base of every linear layer that a method puts in another's place, sharing its parameters under the same names.
+    Unless the method says otherwise, for a time, it computes what its host does."""
+
+    @property
+    def host(self) -> nn.Linear:
+        """The layer whose place this is."""
+        raise NotImplementedError
 
 
 M = TypeVar("M", bound="Method")
@@ -212,6 +222,14 @@ class Method:
 
     def drafter(self, stopping: Stopping | None = None) -> Drafter | None:
         """How the method drafts for itself, for `speculate="self"`; None when it has no way of its own."""
+        return None
+
+    def cache_form(self) -> CacheForm | None:
+        """The cache that our own runtime has to keep for this method; None: an ordinary one."""
+        return None
+
+    def draft_form(self) -> DraftForm | None:
+        """What our own runtime reads while this method drafts; None: the method has no draft that it knows."""
         return None
 
     def make_cache(self, model: PreTrainedModel) -> Cache:

@@ -137,6 +137,38 @@ class Biller:
             for record, row in zip(records, widths[-len(records) :], strict=True):
                 record.ffn_channels += row[:, None]
 
+    def check(
+        self,
+        meter: Meter,
+        tally: Tally,
+        pasts: Sequence[int],
+        counts: Sequence[int],
+        experts: torch.Tensor | None,
+    ) -> None:
+        """One pass over `counts` [B] new tokens after `pasts` [B] of each row, with logits after each.
+
+        Args:
+            experts: [L, N], or None where all took the full FFN.
+        """
+        geometry, full = self.geometry, self.geometry.ffn_size
+        num_tokens = sum(counts)
+        valid = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+        meter.open_pass("decode", valid, geometry.num_layers, full)
+        cost = attention_weight_bytes(geometry, self.itemsize)
+        for (new, past), number in Counter(zip(counts, pasts, strict=True)).items():
+            cost += attention_cost(geometry, new, past, self.itemsize).times(number)
+        if self.num_plain:
+            cost += ffn_cost(geometry, num_tokens, self.num_plain, self.itemsize)
+        cost += embedding_cost(geometry, num_tokens, self.itemsize)
+        meter.bill(cost + head_cost(geometry, num_tokens, self.itemsize))
+        widths = torch.full((num_tokens,), full * self.num_plain)
+        if self.routed:
+            chosen = self.full[:, None].expand(-1, num_tokens) if experts is None else experts[self.routed]
+            widths = widths + self._experts(meter, tally, chosen[None], is_routed=experts is not None)[0]
+        channels = torch.zeros(valid.shape, dtype=torch.int64)
+        channels[valid] = widths
+        meter.widths(channels)
+
     def _context(self, meter: Meter, pasts: torch.Tensor, num_steps: int) -> None:
         """What attention over `pasts` costs beyond that of a first token, which is billed already."""
         more = 0

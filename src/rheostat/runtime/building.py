@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rheostat import families
-from rheostat.methods.base import MeteredFFN
+from rheostat.methods.base import MeteredFFN, StandIn
 from rheostat.runtime.weights import DecoderWeights, FFNWeights, LayerWeights
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
@@ -138,6 +138,9 @@ def _split(
 def _linear(
     module: nn.Module, hooks: frozenset[int], *, biases: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    while isinstance(module, StandIn):
+        _check_hooks(module, hooks)
+        module = module.host
     if type(module) is not nn.Linear:
         raise Unsupported(f"a projection of the kind {type(module).__name__}")
     _check_hooks(module, hooks)

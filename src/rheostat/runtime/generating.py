@@ -16,6 +16,7 @@ from transformers.generation import GenerationMode, StoppingCriteriaList, StopSt
 
 from rheostat.runtime.building import Unsupported
 from rheostat.runtime.engine import Batch, Runtime, Settings
+from rheostat.sampling import most_likely
 from rheostat.spending import current_spending
 
 SettingsOf = Callable[[str, int], Settings]
@@ -121,7 +122,7 @@ class _Loop:
             if config.do_sample:
                 drawn = torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
             else:
-                drawn = scores.argmax(-1)
+                drawn = most_likely(scores)
             if has_ends:
                 drawn = drawn * unfinished + config._pad_token_tensor * (1 - unfinished)
             ids = torch.cat([ids, drawn[:, None]], dim=-1)

@@ -28,6 +28,24 @@ RULES = ("damage", "confidence")
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheForm:
+    """A cache whose older tokens are in two nibble planes (`caches.planes`), the newest in full precision."""
+
+    group_size: int
+    """G, tokens of a key group; the newest G to 2G - 1 tokens stay as they are."""
+    value_group_size: int = 0
+    """Channels of a value group; 0 is the whole head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftForm:
+    """How the model reads itself while it drafts: these weights in 4 bits, and a cache in planes as 4-bit numbers."""
+
+    places: tuple[str, ...]
+    """Of ffn, attention, head."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RouterWeights:
     """Chooses an expert: scores = outer(silu(inner(x)))."""
 
