@@ -24,14 +24,15 @@ def main(source: str, target: str) -> None:
     for name, (color, marker) in STYLES.items():
         found = {row["reader"]: row["ratio"] for row in figures["quality"][name]}
         points = [(times["all layers"], 1.0, "all layers")]
-        for depth in (depth for depth in times if f"predicted {depth}" in found):
-            points.append((times[depth], found[f"predicted {depth}"], f"k = {depth}"))
+        timed = [depth for depth in times if f"predicted {depth}" in found]
+        points += [(times[depth], found[f"predicted {depth}"], f"k = {depth}") for depth in timed]
         xs, ys = [one[0][0] for one in points], [one[1] for one in points]
         spread = [[one[0][0] - one[0][1] for one in points], [one[0][2] - one[0][0] for one in points]]
         axes.errorbar(xs, ys, xerr=spread, color=color, marker=marker, capsize=3, label=f"predicted prompt, {name}")
         for x, y, label in zip(xs, ys, (one[2] for one in points), strict=True):
             axes.annotate(label, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
-        axes.axhline(found["dropped 15"], color=color, linestyle=":", label=f"0.545 of the tokens, {name} (not timed)")
+        if dropped := found.get("dropped 15"):
+            axes.axhline(dropped, color=color, linestyle=":", label=f"0.545 of the tokens, {name} (not timed)")
     stock = rows[0]["stock_ms"][0]
     axes.axvline(stock, color="#666666", linestyle="--", label="stock transformers, bfloat16")
     axes.set_xlabel(f"time to the first token, {PROMPT} tokens of prompt [ms], median and quartiles")
