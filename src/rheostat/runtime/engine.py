@@ -154,7 +154,7 @@ class Runtime:
             if setting is not None:
                 setting = setting.masked_fill(prompt.positions == 0, 0)  # first tokens of texts, as in `run_layers`
             last = (prompt.token_ids, prompt.positions, cache.above(depth), setting, self.rope)
-            logits, experts = plain.step(weights, *last, h) if native is None else native(*last, hidden=h)
+            logits, experts = plain.step(weights, *last, hidden=h) if native is None else native(*last, hidden=h)
             routed = [place for place, layer in enumerate(weights.layers) if layer.ffn.router is not None]
             if experts is None and setting is not None:  # none but first tokens
                 experts = torch.stack(
