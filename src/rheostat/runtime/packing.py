@@ -109,15 +109,16 @@ def prefill_form(weights: DecoderWeights, dtype: torch.dtype) -> DecoderWeights:
 
 
 def ahead_form(layers: PredictedLayers, dtype: torch.dtype) -> PredictedLayers:
-    """Maps with their matrices in `dtype`; those that are already are not copied."""
+    """Maps with their matrices in `dtype`, those of all layers one below the other, for a single product."""
     squeeze = None if layers.squeeze is None else layers.squeeze.to(dtype)
-    return replace(layers, squeeze=squeeze, maps=tuple(one.to(dtype) for one in layers.maps))
+    maps, biases, firsts = (torch.cat(list(one)) for one in (layers.maps, layers.biases, layers.firsts))
+    return replace(layers, squeeze=squeeze, maps=(maps.to(dtype),), biases=(biases.to(dtype),), firsts=(firsts,))
 
 
 def ahead_bytes(layers: PredictedLayers, others: PredictedLayers) -> int:
     """Bytes of the matrices of `layers` that are not those of `others`."""
-    pairs = zip(layers.matrices, others.matrices, strict=True)
-    return sum(one.nbytes for one, other in pairs if _place(one) != _place(other))
+    shared = {_place(one) for one in others.matrices}
+    return sum(one.nbytes for one in layers.matrices if _place(one) not in shared)
 
 
 def prefill_dtype(format: str) -> torch.dtype:
