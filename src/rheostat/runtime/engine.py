@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rheostat.geometry import Geometry
-from rheostat.kernels import NativeDecoder, library
+from rheostat.kernels import NativeDecoder, library, reads_prompts
 from rheostat.meter import Meter
 from rheostat.runtime import packing, plain
 from rheostat.runtime.billing import Biller, Tally
@@ -100,16 +100,26 @@ class Runtime:
     @property
     def prefill_weights(self) -> DecoderWeights:
         """As a prompt is read with; converted when first asked for."""
-        with self._lock:
-            if self._prefill is None:
-                self._prefill = packing.prefill_form(self.weights, packing.prefill_dtype(self.format))
-            return self._prefill
+        if self._prefill is None:
+            code = library() if self.format != "fp32" else None
+            is_native = code is not None and reads_prompts(code)
+            shared = self._decoder()[0] if is_native and self.format == "bf16" else None
+            with self._lock:
+                if self._prefill is None and is_native and code is not None:
+                    self._prefill = packing.native_prefill_form(self.weights, code, shared)
+                elif self._prefill is None:
+                    self._prefill = packing.prefill_form(self.weights, packing.prefill_dtype(self.format))
+        return self._prefill
 
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes held now beyond the model's own weights, by phase."""
-        forms = {"prefill": self._prefill, "decode": None if self._decode is None else self._decode[0]}
-        return {phase: 0 if form is None else packing.own_bytes(form, self.weights) for phase, form in forms.items()}
+        decode = None if self._decode is None else self._decode[0]
+        others = [form for form in (self.weights, decode) if form is not None]
+        return {
+            "prefill": 0 if self._prefill is None else packing.own_bytes(self._prefill, *others),
+            "decode": 0 if decode is None else packing.own_bytes(decode, self.weights),
+        }
 
     def new_cache(self, num_rows: int, num_slots: int) -> KVCache:
         """An empty cache."""
@@ -169,8 +179,9 @@ class Batch:
         """
         prompt = Prompt.of(input_ids, attention_mask)
         cache = runtime.new_cache(len(input_ids), max(prompt.lengths) + min(num_new, AHEAD))
-        hidden, experts = prefill(runtime.prefill_weights, prompt, cache, runtime.setting(settings), runtime.rope)
-        logits = plain.product(runtime.weights.head, hidden)
+        weights = runtime.prefill_weights
+        hidden, experts = prefill(weights, prompt, cache, runtime.setting(settings), runtime.rope)
+        logits = plain.product(weights.head, hidden)
         batch = cls(runtime, cache, torch.tensor(prompt.lengths), logits.float())
         if (spending := current_spending()) is not None:
             runtime.biller.prefill(spending.meter, batch._tally, prompt.valid, prompt.lengths, experts)

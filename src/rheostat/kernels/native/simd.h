@@ -182,6 +182,23 @@ INLINE F16 load_bfloat(const uint16_t* p) {
 #endif
 }
 
+INLINE void store_bfloat(uint16_t* p, F16 v) {
+#if LEVEL_AVX512
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+    memcpy(p, &half, sizeof half);
+#else
+    for (int i = 0; i < 16; i++) p[i] = float_to_bfloat(v[i]);
+#endif
+}
+
+INLINE void store_half(uint16_t* p, F16 v) {
+#if LEVEL_AVX512
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    for (int i = 0; i < 16; i++) p[i] = float_to_half(v[i]);
+#endif
+}
+
 // Sixteen pairs of bfloat16: the even places, and the odd ones.
 INLINE void split_pairs(const uint8_t* p, F16& even, F16& odd) {
     U16 u;
