@@ -10,6 +10,7 @@
 
 constexpr int kQueries = 48;  // of one unit of work
 constexpr int kKeys = 256;    // at a time
+constexpr int kNearKeys = 128;  // of which the values stay in the first cache
 
 // Keys and values of one layer, rows of the batch one after the other, each from a new block of 16 slots on.
 struct KeyPanels {
@@ -56,32 +57,30 @@ struct KeyPanels {
     }
 };
 
-// What one thread needs for six queries at a time.
+// What one thread needs for a block of queries.
 struct CausalScratch {
-    alignas(64) float scores[kTileRows][kKeys];
-    alignas(64) uint32_t weights[kTileRows][kKeys / 2];
+    alignas(64) float scores[kQueries][kKeys];
+    alignas(64) uint32_t weights[kQueries][kKeys / 2];
     float top[kQueries], total[kQueries];
     std::vector<float> out;  // [kQueries][wide]
 };
 
-// One row's scores of slots [begin, end) of `count` become weights, zeros elsewhere; returns what earlier sums keep.
-INLINE float soften(float* scores, uint32_t* weights, int begin, int end, int count, float softcap, float& top, float& total) {
+// One row's scores of slots [begin, end) of `count` become weights; returns what earlier sums keep. Scores are in powers
+// of two. Slots that are not seen get a weight below 2^-119 of the largest.
+INLINE float soften(float* scores, uint32_t* weights, int begin, int end, int count, float& top, float& total) {
     if (begin >= end) {
         memset(weights, 0, count * 2);
         return 1;
     }
-    if (softcap > 0)
-        for (int s = begin; s < end; s++) scores[s] = softcap * tanhf(scores[s] / softcap);
     for (int s = 0; s < begin; s++) scores[s] = -INFINITY;
     for (int s = end; s < count; s++) scores[s] = -INFINITY;
     F16 high = load(scores);
     for (int s = kLanes; s < count; s += kLanes) high = larger(high, load(scores + s));
     const float highest = std::max(top, largest(high));
-    const float keep = top == -INFINITY ? 0 : expf(top - highest);
+    const float keep = top == highest ? 1 : top == -INFINITY ? 0 : exp2f(top - highest);
     F16 all{};
     for (int s = 0; s < count; s += kLanes) {
-        const F16 score = load(scores + s) - highest;
-        const F16 weight = score < -87.0f ? F16{} : exponential(score);
+        const F16 weight = power_of_two(load(scores + s) - highest);
         all += weight;
         store_bfloat((uint16_t*)weights + s, weight);
     }
@@ -90,55 +89,98 @@ INLINE float soften(float* scores, uint32_t* weights, int begin, int end, int co
     return keep;
 }
 
-// The queries that stand at slots [first, first + count) of row b, of one key/value head; query(t) gives that at slot t as
-// pairs (scaled, `wide` values). Their results go to take(t, const float*).
-template <class Query, class Take>
-static void attend_causally(KeyPanels& panels, int b, int head, int first, int count, int window, float softcap,
-                            CausalScratch& own, Query&& query, Take&& take) {
-    const int wide = panels.wide, channels = wide / kLanes, base = panels.first[b];
-    if (own.out.size() < (size_t)kQueries * wide) own.out.resize((size_t)kQueries * wide);
-    float* out = own.out.data();
-    memset(out, 0, (size_t)count * wide * sizeof(float));
-    for (int i = 0; i < count; i++) own.top[i] = -INFINITY, own.total[i] = 0;
-    const int start = window ? std::max(0, first - window + 1) / kLanes * kLanes : 0;
-    alignas(64) float tile[kTileRows * kTileOutputs];
-    const uint8_t* w[kTilePanels];
-    const uint32_t* x[kTileRows];
-    for (int slot = start; slot < first + count; slot += kKeys)
-        for (int at = 0; at < count; at += kTileRows) {
-            const int rows = std::min(kTileRows, count - at), last = first + at + rows - 1;
-            const int oldest = window ? std::max(0, first + at - window + 1) : 0;
-            if (slot > last || slot + kKeys <= oldest) continue;
-            const int num = std::min(kKeys, last - slot + 1), blocks = (num + kLanes - 1) / kLanes;
-            for (int r = 0; r < rows; r++) x[r] = query(first + at + r);
-            for (int p = 0; p < blocks; p += kTilePanels) {
-                const int some = std::min(kTilePanels, blocks - p);
-                for (int i = 0; i < some; i++) w[i] = (const uint8_t*)panels.key_block(head, base + slot / kLanes + p + i);
-                multiply_tile(kBFloat16, w, some, x, rows, wide / 2, tile);
-                for (int r = 0; r < rows; r++)
-                    memcpy(own.scores[r] + p * kLanes, tile + r * kTileOutputs, some * kLanes * sizeof(float));
+// Queries that stand at slots [first, first + count) of row b, in one head, over its slots.
+template <class Query>
+class CausalBlock {
+public:
+    CausalBlock(KeyPanels& panels, int b, int head, int first, int count, int window, CausalScratch& own, Query& query)
+        : panels_(panels), base_(panels.first[b]), head_(head), first_(first), count_(count), window_(window), own_(own),
+          query_(query) {}
+
+    void run() {
+        const int start = oldest(first_) / kLanes * kLanes;
+        memset(own_.out.data(), 0, (size_t)count_ * panels_.wide * sizeof(float));
+        for (int i = 0; i < count_; i++) own_.top[i] = -INFINITY, own_.total[i] = 0;
+        for (int slot = start; slot < first_ + count_; slot += kKeys) {
+            score(slot);
+            for (int i = 0; i < count_; i++) {
+                const int t = first_ + i, seen = blocks(slot, i / kTileRows * kTileRows);
+                if (!seen) continue;
+                const float keep = soften(own_.scores[i], own_.weights[i], std::max(0, oldest(t) - slot),
+                                          std::min(t + 1 - slot, kKeys), seen * kLanes, own_.top[i], own_.total[i]);
+                float* out = own_.out.data() + i * panels_.wide;
+                for (int c = 0; c < panels_.wide && keep != 1; c += kLanes) store(out + c, load(out + c) * keep);
             }
-            float keep[kTileRows];
-            for (int r = 0; r < rows; r++) {
-                const int t = first + at + r, low = window ? std::max(0, t - window + 1) : 0;
-                keep[r] = soften(own.scores[r], own.weights[r], std::max(0, low - slot), std::min(t + 1 - slot, kKeys),
-                                 blocks * kLanes, softcap, own.top[at + r], own.total[at + r]);
-                x[r] = own.weights[r];
-            }
-            for (int c = 0; c < channels; c += kTilePanels) {
-                const int some = std::min(kTilePanels, channels - c);
-                for (int i = 0; i < some; i++) w[i] = (const uint8_t*)panels.value_block(head, c + i, base + slot / kLanes);
-                multiply_tile(kBFloat16, w, some, x, rows, blocks * 8, tile);
-                for (int r = 0; r < rows; r++)
-                    for (int i = 0; i < some; i++) {
-                        float* to = out + (at + r) * wide + (c + i) * kLanes;
-                        store(to, load(to) * keep[r] + load(tile + r * kTileOutputs + i * kLanes));
-                    }
-            }
+            add_values(slot);
         }
+    }
+
+private:
+    // The first slot that the query at slot t sees.
+    int oldest(int t) const { return window_ ? std::max(0, t - window_ + 1) : 0; }
+
+    int rows(int at) const { return std::min(kTileRows, count_ - at); }
+
+    // Blocks of 16 slots, from `slot` on, that the rows of the tile at `at` see any of.
+    int blocks(int slot, int at) const {
+        const int last = first_ + at + rows(at) - 1;
+        if (slot > last || slot + kKeys <= oldest(first_ + at)) return 0;
+        return (std::min(kKeys, last - slot + 1) + kLanes - 1) / kLanes;
+    }
+
+    // Four blocks of keys stay in the first cache while all queries go by.
+    void score(int slot) {
+        const uint8_t* w[kTilePanels];
+        const uint32_t* x[kTileRows];
+        for (int p = 0; p < kKeys / kLanes; p += kTilePanels)
+            for (int at = 0; at < count_; at += kTileRows) {
+                const int some = std::min(kTilePanels, blocks(slot, at) - p);
+                if (some <= 0) continue;
+                for (int r = 0; r < rows(at); r++) x[r] = query_(first_ + at + r);
+                for (int i = 0; i < some; i++)
+                    w[i] = (const uint8_t*)panels_.key_block(head_, base_ + slot / kLanes + p + i);
+                const TileOut to{own_.scores[at] + p * kLanes, kKeys};
+                multiply_tile(kBFloat16, w, some, x, rows(at), panels_.wide / 2, to);
+            }
+    }
+
+    void add_values(int slot) {
+        const uint8_t* w[kTilePanels];
+        const uint32_t* x[kTileRows];
+        const int wide = panels_.wide;
+        for (int near = 0; near < kKeys / kLanes; near += kNearKeys / kLanes)
+            for (int c = 0; c < wide / kLanes; c += kTilePanels)
+                for (int at = 0; at < count_; at += kTileRows) {
+                    const int some = std::min(kTilePanels, wide / kLanes - c);
+                    const int seen = std::min(blocks(slot, at) - near, kNearKeys / kLanes);
+                    if (seen <= 0) continue;
+                    for (int r = 0; r < rows(at); r++) x[r] = own_.weights[at + r] + near * kLanes / 2;
+                    for (int i = 0; i < some; i++)
+                        w[i] = (const uint8_t*)panels_.value_block(head_, c + i, base_ + slot / kLanes + near);
+                    const TileOut to{own_.out.data() + at * wide + c * kLanes, wide, true};
+                    multiply_tile(kBFloat16, w, some, x, rows(at), seen * kLanes / 2, to);
+                }
+    }
+
+    KeyPanels& panels_;
+    const int base_, head_, first_, count_, window_;
+    CausalScratch& own_;
+    Query& query_;
+};
+
+constexpr float kLog2E = 1.44269504f;
+
+// The queries that stand at slots [first, first + count) of row b, of one key/value head; query(t) gives that at slot t as
+// pairs (scaled, and by kLog2E too; `wide` values). Their results go to take(t, const float*).
+template <class Query, class Take>
+static void attend_causally(KeyPanels& panels, int b, int head, int first, int count, int window, CausalScratch& own,
+                            Query&& query, Take&& take) {
+    const int wide = panels.wide;
+    if (own.out.size() < (size_t)kQueries * wide) own.out.resize((size_t)kQueries * wide);
+    CausalBlock<Query>(panels, b, head, first, count, window, own, query).run();
     for (int i = 0; i < count; i++) {
-        const float share = own.total[i] > 0 ? 1 / own.total[i] : 0;
-        for (int c = 0; c < wide; c += kLanes) store(out + i * wide + c, load(out + i * wide + c) * share);
-        take(first + i, out + i * wide);
+        float* out = own.out.data() + i * wide;
+        for (int c = 0; c < wide; c += kLanes) store(out + c, load(out + c) * (1 / own.total[i]));
+        take(first + i, out);
     }
 }

@@ -20,81 +20,96 @@ INLINE F16 pair_even(uint32_t pair) { return as_float(U16{} + (pair << 16)); }
 
 INLINE F16 pair_odd(uint32_t pair) { return as_float(U16{} + (pair & 0xffff0000u)); }
 
-// out[r][p] = sum over `steps` of row r times panel p: pairs of bfloat16, 64 bytes of weights a step.
+// What a tile does besides: where its results go (row r, panel p: out + r * stride + p * 16), and which weights it fetches
+// for later, a line every eight steps.
+struct TileOut {
+    float* out;
+    int64_t stride = kTileOutputs;
+    bool is_added = false;
+    const uint8_t* ahead = nullptr;
+};
+
 template <int R, int P>
-static void tile_of_pairs(const uint8_t* const* w, const uint32_t* const* x, int steps, float* out) {
-    F16 a[R][P]{};
-    for (int k = 0; k < steps; k++) {
+INLINE void step_of_pairs(const uint8_t* const* w, const uint32_t* const* x, int k, F16 (*a)[P]) {
 #if LEVEL_AVX512
-        __m512i v[P];
-        for (int p = 0; p < P; p++) v[p] = _mm512_loadu_si512(w[p] + k * 64);
-        for (int r = 0; r < R; r++) {
-            const __m512bh pair = (__m512bh)_mm512_set1_epi32((int)x[r][k]);
-            for (int p = 0; p < P; p++) a[r][p] = (F16)_mm512_dpbf16_ps((__m512)a[r][p], (__m512bh)v[p], pair);
-        }
+    __m512i v[P];
+    for (int p = 0; p < P; p++) v[p] = _mm512_loadu_si512(w[p] + k * 64);
+    for (int r = 0; r < R; r++) {
+        const __m512bh pair = (__m512bh)_mm512_set1_epi32((int)x[r][k]);
+        for (int p = 0; p < P; p++) a[r][p] = (F16)_mm512_dpbf16_ps((__m512)a[r][p], (__m512bh)v[p], pair);
+    }
 #else
-        for (int p = 0; p < P; p++) {
-            F16 even, odd;
-            split_pairs(w[p] + k * 64, even, odd);
-            for (int r = 0; r < R; r++) a[r][p] += even * pair_even(x[r][k]) + odd * pair_odd(x[r][k]);
-        }
+    for (int p = 0; p < P; p++) {
+        F16 even, odd;
+        split_pairs(w[p] + k * 64, even, odd);
+        for (int r = 0; r < R; r++) a[r][p] += even * pair_even(x[r][k]) + odd * pair_odd(x[r][k]);
+    }
 #endif
-    }
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) store(out + r * kTileOutputs + p * kLanes, a[r][p]);
 }
 
-// The same of float32.
 template <int R, int P>
-static void tile_of_floats(const uint8_t* const* w, const uint32_t* const* x, int steps, float* out) {
-    F16 a[R][P]{};
-    for (int k = 0; k < steps; k++) {
-        F16 v[P];
-        for (int p = 0; p < P; p++) v[p] = load((const float*)(w[p] + k * 64));
-        for (int r = 0; r < R; r++) {
-            float one;
-            memcpy(&one, x[r] + k, sizeof one);
-            for (int p = 0; p < P; p++) a[r][p] += v[p] * one;
-        }
+INLINE void step_of_floats(const uint8_t* const* w, const uint32_t* const* x, int k, F16 (*a)[P]) {
+    F16 v[P];
+    for (int p = 0; p < P; p++) v[p] = load((const float*)(w[p] + k * 64));
+    for (int r = 0; r < R; r++) {
+        float one;
+        memcpy(&one, x[r] + k, sizeof one);
+        for (int p = 0; p < P; p++) a[r][p] += v[p] * one;
     }
+}
+
+// Rows times panels: `steps` pairs of bfloat16, or single float32s; 64 bytes of each panel a step.
+template <bool IsPaired, int R, int P>
+static void tile(const uint8_t* const* w, const uint32_t* const* x, int steps, const TileOut& to) {
+    F16 a[R][P];
     for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) store(out + r * kTileOutputs + p * kLanes, a[r][p]);
+        for (int p = 0; p < P; p++) a[r][p] = to.is_added ? load(to.out + r * to.stride + p * kLanes) : F16{};
+    int k = 0;
+    for (; k + 8 <= steps; k += 8) {
+        __builtin_prefetch(to.ahead + k * 8, 0, 2);  // of no place: nothing happens
+        for (int i = 0; i < 8; i++) IsPaired ? step_of_pairs<R, P>(w, x, k + i, a) : step_of_floats<R, P>(w, x, k + i, a);
+    }
+    for (; k < steps; k++) IsPaired ? step_of_pairs<R, P>(w, x, k, a) : step_of_floats<R, P>(w, x, k, a);
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) store(to.out + r * to.stride + p * kLanes, a[r][p]);
 }
 
-typedef void (*Tile)(const uint8_t* const* w, const uint32_t* const* x, int steps, float* out);
+typedef void (*Tile)(const uint8_t* const* w, const uint32_t* const* x, int steps, const TileOut& to);
 
-// [bfloat16, float32][rows: 1, 2, 4, 6][panels: 1, 2, 4]
-static const Tile kTiles[2][4][3] = {
-    {{tile_of_pairs<1, 1>, tile_of_pairs<1, 2>, tile_of_pairs<1, 4>},
-     {tile_of_pairs<2, 1>, tile_of_pairs<2, 2>, tile_of_pairs<2, 4>},
-     {tile_of_pairs<4, 1>, tile_of_pairs<4, 2>, tile_of_pairs<4, 4>},
-     {tile_of_pairs<6, 1>, tile_of_pairs<6, 2>, tile_of_pairs<6, 4>}},
-    {{tile_of_floats<1, 1>, tile_of_floats<1, 2>, tile_of_floats<1, 4>},
-     {tile_of_floats<2, 1>, tile_of_floats<2, 2>, tile_of_floats<2, 4>},
-     {tile_of_floats<4, 1>, tile_of_floats<4, 2>, tile_of_floats<4, 4>},
-     {tile_of_floats<6, 1>, tile_of_floats<6, 2>, tile_of_floats<6, 4>}}};
+#define TILES_OF_ROWS(paired, rows) {tile<paired, rows, 1>, tile<paired, rows, 2>, tile<paired, rows, 3>, tile<paired, rows, 4>}
+#define TILES(paired)                                                                            \
+    {TILES_OF_ROWS(paired, 1), TILES_OF_ROWS(paired, 2), TILES_OF_ROWS(paired, 3),               \
+     TILES_OF_ROWS(paired, 4), TILES_OF_ROWS(paired, 5), TILES_OF_ROWS(paired, 6)}
 
-// One tile of 1 to 6 rows and 1 to 4 panels, the last of each repeated where the kernel takes more. `w` and `x` have
-// room for 4 and 6. Output of row r and panel p: out + r * kTileOutputs + p * 16.
-INLINE void multiply_tile(int format, const uint8_t** w, int panels, const uint32_t** x, int rows, int steps, float* out) {
-    const int tall = rows > 4 ? 3 : rows > 2 ? 2 : rows - 1, wide = panels > 2 ? 2 : panels - 1;
-    if (rows == 3) x[3] = x[2];
-    if (rows == 5) x[5] = x[4];
-    if (panels == 3) w[3] = w[2];
-    kTiles[format == kFloat32][tall][wide](w, x, steps, out);
+static const Tile kTiles[2][kTileRows][kTilePanels] = {TILES(false), TILES(true)};
+
+// One tile of 1 to 6 rows and 1 to 4 panels.
+INLINE void multiply_tile(int format, const uint8_t* const* w, int panels, const uint32_t* const* x, int rows, int steps,
+                          const TileOut& to) {
+    kTiles[format != kFloat32][rows - 1][panels - 1](w, x, steps, to);
 }
 
-// Rows [begin, end), `row(r)` giving each, times `panels` panels; `take(r, p, F16)` gets what comes out.
+// Panels that one unit of work multiplies with, and two pieces of weights that the thread will want next.
+struct Panels {
+    const uint8_t* data[kTilePanels];
+    int count;
+    const uint8_t* ahead[2] = {nullptr, nullptr};
+};
+
+// Rows [begin, end), `row(r)` giving each, times panels; `take(r, p, F16)` gets what comes out.
 template <class Row, class Take>
-INLINE void multiply_rows(int format, const uint8_t** w, int panels, int begin, int end, int steps, Row&& row, Take&& take) {
+INLINE void multiply_rows(int format, const Panels& w, int begin, int end, int steps, Row&& row, Take&& take) {
     alignas(64) float out[kTileRows * kTileOutputs];
     const uint32_t* x[kTileRows];
-    for (int first = begin; first < end; first += kTileRows) {
+    int tiles[2] = {0, 0};
+    for (int first = begin, turn = 0; first < end; first += kTileRows, turn = !turn) {
         const int rows = std::min(kTileRows, end - first);
         for (int r = 0; r < rows; r++) x[r] = row(first + r);
-        multiply_tile(format, w, panels, x, rows, steps, out);
+        TileOut to{out};
+        if (w.ahead[turn]) to.ahead = w.ahead[turn] + (int64_t)tiles[turn]++ * (steps / 8) * 64;
+        multiply_tile(format, w.data, w.count, x, rows, steps, to);
         for (int r = 0; r < rows; r++)
-            for (int p = 0; p < panels; p++) take(first + r, p, load(out + r * kTileOutputs + p * kLanes));
+            for (int p = 0; p < w.count; p++) take(first + r, p, load(out + r * kTileOutputs + p * kLanes));
     }
 }
 
@@ -170,13 +185,22 @@ struct Chunks {
 
 INLINE int num_groups(const Matrix& m) { return (m.panels() + kTilePanels - 1) / kTilePanels; }
 
+// The panels of one group of outputs; `next` is the group that the thread will probably take after it.
+INLINE Panels panels_of(const Matrix& m, int group, int next) {
+    const int first = group * kTilePanels;
+    Panels w;
+    w.count = std::min(kTilePanels, m.panels() - first);
+    for (int p = 0; p < w.count; p++) w.data[p] = m.data + (first + p) * m.panel_bytes;
+    if (next < num_groups(m))
+        for (int i = 0; i < 2; i++) w.ahead[i] = m.data + (next * kTilePanels + i * kTilePanels / 2) * m.panel_bytes;
+    return w;
+}
+
 // One unit of a product: rows [begin, end) times the panels of one group; `take(r, column, count, F16)`.
 template <class Row, class Take>
-INLINE void multiply_group(const Matrix& m, int group, int begin, int end, int inputs, Row&& row, Take&& take) {
-    const int first = group * kTilePanels, panels = std::min(kTilePanels, m.panels() - first);
-    const uint8_t* w[kTilePanels];
-    for (int p = 0; p < panels; p++) w[p] = m.data + (first + p) * m.panel_bytes;
-    multiply_rows(m.format, w, panels, begin, end, num_steps(m.format, inputs), row, [&](int r, int p, F16 v) {
+INLINE void multiply_group(const Matrix& m, int group, int next, int begin, int end, int inputs, Row&& row, Take&& take) {
+    const int first = group * kTilePanels;
+    multiply_rows(m.format, panels_of(m, group, next), begin, end, num_steps(m.format, inputs), row, [&](int r, int p, F16 v) {
         const int column = (first + p) * kLanes;
         take(r, column, std::min(kLanes, m.rows - column), v);
     });

@@ -47,17 +47,23 @@ INLINE int num_hidden_units(const Ffn& ffn) { return (ffn.gate.panels() + kPaire
 // One unit: rows [begin, end) of the order, two panels of gate and the same two of up. `row(r)` gives the inputs of the
 // r-th row in that order; `hidden` gets act(gate x) * up x, zeros beyond a row's own width.
 template <class Row>
-INLINE void grouped_hidden(const Ffn& ffn, const Grouping& order, int unit, int begin, int end, Row&& row, HalfRows& hidden) {
+INLINE void grouped_hidden(const Ffn& ffn, const Grouping& order, int unit, int next, int begin, int end, Row&& row,
+                           HalfRows& hidden) {
     const int first = unit * kPairedPanels, panels = std::min(kPairedPanels, ffn.gate.panels() - first);
     end = std::min(end, order.active(ffn, first * kLanes));
-    const uint8_t* w[kTilePanels];
+    Panels w;
+    w.count = 2 * panels;
     for (int p = 0; p < panels; p++) {
-        w[p] = ffn.gate.data + (first + p) * ffn.gate.panel_bytes;
-        w[panels + p] = ffn.up.data + (first + p) * ffn.up.panel_bytes;
+        w.data[p] = ffn.gate.data + (first + p) * ffn.gate.panel_bytes;
+        w.data[panels + p] = ffn.up.data + (first + p) * ffn.up.panel_bytes;
+    }
+    if (next < num_hidden_units(ffn)) {
+        w.ahead[0] = ffn.gate.data + next * kPairedPanels * ffn.gate.panel_bytes;
+        w.ahead[1] = ffn.up.data + next * kPairedPanels * ffn.up.panel_bytes;
     }
     F16 gates[kPairedPanels];
     int expert = ffn.num_experts - 1;
-    multiply_rows(ffn.gate.format, w, 2 * panels, begin, end, num_steps(ffn.gate.format, ffn.gate.cols), row,
+    multiply_rows(ffn.gate.format, w, begin, end, num_steps(ffn.gate.format, ffn.gate.cols), row,
                   [&](int r, int p, F16 v) {
                       if (p < panels) {
                           gates[p] = activate(v, ffn.activation);
@@ -74,14 +80,15 @@ INLINE void grouped_hidden(const Ffn& ffn, const Grouping& order, int unit, int 
 
 // One unit: rows [begin, end) of the order, the panels of one group of outputs; take(row as it stood, column, count, F16).
 template <class Take>
-INLINE void grouped_down(const Ffn& ffn, const Grouping& order, int group, int begin, int end, HalfRows& hidden, Take&& take) {
+INLINE void grouped_down(const Ffn& ffn, const Grouping& order, int group, int next, int begin, int end, HalfRows& hidden,
+                         Take&& take) {
     for (int e = ffn.num_experts - 1; e >= 0; e--) {
         const int from = std::max(begin, order.begin(e)), to = std::min(end, order.end(e));
         if (from >= to) continue;
         const float* bias = ffn.down_biases[ffn.place(e)];
-        multiply_group(ffn.downs[ffn.place(e)], group, from, to, ffn.sizes[e], [&](int r) { return hidden.row(r); },
+        multiply_group(ffn.downs[ffn.place(e)], group, next, from, to, ffn.sizes[e], [&](int r) { return hidden.row(r); },
                        [&](int r, int column, int n, F16 v) {
-                           if (bias) v += load_part(bias + column, n);
+                           if (bias) v += load_most(bias + column, n);
                            take(order.rows[r], column, n, v);
                        });
     }

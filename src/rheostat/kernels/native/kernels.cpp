@@ -115,10 +115,10 @@ EXPORT void rheostat_many_rows(const Matrix* m, const float* x, int num_rows, co
         };
         share_out(phases, 1, chunks.count * groups, team, [&](int unit) {
             const int chunk = unit / groups;
-            multiply_group(*m, unit % groups, chunks.begin(chunk), chunks.end(chunk, num_rows), m->cols, row,
+            multiply_group(*m, unit % groups, (unit + team.size) % groups, chunks.begin(chunk), chunks.end(chunk, num_rows), m->cols, row,
                            [&](int r, int column, int n, F16 v) {
-                               if (bias) v += load_part(bias + column, n);
-                               store_part(y + (int64_t)r * m->rows + column, v, n);
+                               if (bias) v += load_most(bias + column, n);
+                               store_most(y + (int64_t)r * m->rows + column, v, n);
                            });
         });
     });
@@ -141,12 +141,14 @@ EXPORT void rheostat_grouped_ffn(const Ffn* ffn, const float* x, const int32_t* 
         const auto row = [&](int r) { return in.row(order.rows[r]); };
         share_out(phases, 1, wide.count * units, team, [&](int unit) {
             const int chunk = unit / units;
-            grouped_hidden(*ffn, order, unit % units, wide.begin(chunk), wide.end(chunk, num_rows), row, hidden);
+            grouped_hidden(*ffn, order, unit % units, (unit + team.size) % units, wide.begin(chunk),
+                           wide.end(chunk, num_rows), row, hidden);
         });
         share_out(phases, 2, narrow.count * groups, team, [&](int unit) {
             const int chunk = unit / groups;
-            grouped_down(*ffn, order, unit % groups, narrow.begin(chunk), narrow.end(chunk, num_rows), hidden,
-                         [&](int r, int column, int n, F16 v) { store_part(y + (int64_t)r * outputs + column, v, n); });
+            grouped_down(*ffn, order, unit % groups, (unit + team.size) % groups, narrow.begin(chunk),
+                         narrow.end(chunk, num_rows), hidden,
+                         [&](int r, int column, int n, F16 v) { store_most(y + (int64_t)r * outputs + column, v, n); });
         });
     });
 }
@@ -167,7 +169,7 @@ EXPORT void rheostat_causal_attention(const float* q, const float* keys, const f
         float* block = room(buffer, 2 * (size_t)kLanes * wide);
         memset(block, 0, 2 * (size_t)kLanes * wide * sizeof(float));
         share_out(phases, 0, num_heads * num_queries, team, [&](int r) {
-            for (int i = 0; i < head_dim; i++) block[i] = q[(int64_t)r * head_dim + i] * scale;
+            for (int i = 0; i < head_dim; i++) block[i] = q[(int64_t)r * head_dim + i] * (scale * kLog2E);
             queries.set(r, block, wide);
         });
         share_out(phases, 1, num_kv_heads * panels.blocks, team, [&](int unit) {
@@ -184,8 +186,8 @@ EXPORT void rheostat_causal_attention(const float* q, const float* keys, const f
         share_out(phases, 2, blocks * num_heads, team, [&](int unit) {
             const int h = unit % num_heads, first = (blocks - 1 - unit / num_heads) * kQueries;
             attend_causally(
-                panels, 0, h / (num_heads / num_kv_heads), past + first, std::min(kQueries, num_queries - first), window, 0,
-                own, [&](int slot) { return queries.row(h * num_queries + slot - past); },
+                panels, 0, h / (num_heads / num_kv_heads), past + first, std::min(kQueries, num_queries - first), window, own,
+                [&](int slot) { return queries.row(h * num_queries + slot - past); },
                 [&](int slot, const float* result) {
                     memcpy(out + ((int64_t)h * num_queries + slot - past) * head_dim, result, head_dim * sizeof(float));
                 });

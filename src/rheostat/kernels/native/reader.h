@@ -79,7 +79,7 @@ private:
         const Chunks chunks(s_.num_tokens, others, team_.size);
         share_out(phases_, phase_++, chunks.count * others, team_, [&](int unit) {
             const int chunk = unit / others;
-            function(unit % others, chunks.begin(chunk), chunks.end(chunk, s_.num_tokens));
+            function(unit % others, (unit + team_.size) % others, chunks.begin(chunk), chunks.end(chunk, s_.num_tokens));
         });
     }
 
@@ -99,13 +99,17 @@ private:
         const Matrix* parts[] = {&layer.q, &layer.k, &layer.v};
         const float* biases[] = {layer.q_bias, layer.k_bias, layer.v_bias};
         const int stride = width(layer);
-        each_product(num_groups(layer.q) + num_groups(layer.k) + num_groups(layer.v), [&](int group, int begin, int end) {
+        each_product(num_groups(layer.q) + num_groups(layer.k) + num_groups(layer.v), [&](int group, int next, int begin, int end) {
             int i = 0, before = 0;
-            for (; group >= num_groups(*parts[i]); i++) group -= num_groups(*parts[i]), before += parts[i]->rows;
+            for (; group >= num_groups(*parts[i]); i++) {
+                group -= num_groups(*parts[i]), next -= num_groups(*parts[i]);
+                before += parts[i]->rows;
+            }
+            if (next < 0) next = group;  // in another matrix: too few to matter
             const auto row = [&](int r) { return c_.normed.row(r); };
-            multiply_group(*parts[i], group, begin, end, d_.hidden_size, row, [&](int r, int column, int n, F16 v) {
-                if (biases[i]) v += load_part(biases[i] + column, n);
-                store_part(c_.qkv.data.get() + (int64_t)r * stride + before + column, v, n);
+            multiply_group(*parts[i], group, next, begin, end, d_.hidden_size, row, [&](int r, int column, int n, F16 v) {
+                if (biases[i]) v += load_most(biases[i] + column, n);
+                store_most(c_.qkv.data.get() + (int64_t)r * stride + before + column, v, n);
             });
         });
     }
@@ -124,7 +128,7 @@ private:
                 for (int h = 0; h < a_.num_heads; h++) {
                     turn(x + (int64_t)i * stride + h * dim, layer.q_norm, layer.has_rope, token + i, key);
                     uint16_t* to = c_.queries.values(token + i) + h * wide;
-                    for (int j = 0; j < wide; j += kLanes) store_bfloat(to + j, load(key + j) * a_.scale);
+                    for (int j = 0; j < wide; j += kLanes) store_bfloat(to + j, load(key + j) * (a_.scale * kLog2E));
                 }
             for (int k = 0; k < kv; k++) {
                 const int64_t at = (((int64_t)s_.rows[b] * kv + k) * a_.num_slots + first) * dim + index * s_.layer_stride;
@@ -188,27 +192,24 @@ private:
                 for (; i < dim; i++) to[i] = float_to_bfloat(x[i]);
                 if (h == a_.num_heads - 1) to[dim] = 0;  // where products take inputs in pairs
             };
-            attend_causally(c_.panels, b, h / group, first, count, layer.window, a_.softcap, p_.causal, query, take);
+            attend_causally(c_.panels, b, h / group, first, count, layer.window, p_.causal, query, take);
         });
     }
 
     void put_out(const Layer& layer) {
-        each_product(num_groups(layer.o), [&](int group, int begin, int end) {
+        each_product(num_groups(layer.o), [&](int group, int next, int begin, int end) {
             const auto row = [&](int r) { return c_.attended.row(r); };
             const auto take = [&](int r, int column, int n, F16 v) {
-                if (layer.o_bias) v += load_part(layer.o_bias + column, n);
+                if (layer.o_bias) v += load_most(layer.o_bias + column, n);
                 add(r, column, n, v);
             };
-            multiply_group(layer.o, group, begin, end, a_.num_heads * a_.head_dim, row, take);
+            multiply_group(layer.o, group, next, begin, end, a_.num_heads * a_.head_dim, row, take);
         });
     }
 
     void add(int n, int column, int count, F16 v) {
         float* to = residual(n) + column;
-        if (count == kLanes)
-            store(to, load(to) + v);
-        else
-            store_part(to, load_part(to, count) + v, count);
+        store_most(to, load_most(to, count) + v, count);
     }
 
     // Normalises what the FFN reads, and sorts the tokens by the expert that each takes.
@@ -240,7 +241,8 @@ private:
         const auto take = [&](int r, int column, int n, F16 v) {
             store(inner + r * inner_wide + column, activate(v + load_part(router.inner_bias + column, n), kSilu));
         };
-        for (int g = 0; g < num_groups(router.inner); g++) multiply_group(router.inner, g, 0, end - begin, wide, row, take);
+        const int groups = num_groups(router.inner);
+        for (int g = 0; g < groups; g++) multiply_group(router.inner, g, groups, 0, end - begin, wide, row, take);
         for (int n = begin; n < end; n++) {
             for (int o = 0; o < router.num_outputs; o++) {
                 F16 dot{};
@@ -256,13 +258,13 @@ private:
     }
 
     void feed_forward(const Ffn& ffn, const Grouping& order) {
-        each_product(num_hidden_units(ffn), [&](int unit, int begin, int end) {
+        each_product(num_hidden_units(ffn), [&](int unit, int next, int begin, int end) {
             const auto row = [&](int r) { return c_.normed.row(order.rows[r]); };
-            grouped_hidden(ffn, order, unit, begin, end, row, c_.hidden);
+            grouped_hidden(ffn, order, unit, next, begin, end, row, c_.hidden);
         });
-        each_product(num_groups(ffn.downs[0]), [&](int group, int begin, int end) {
+        each_product(num_groups(ffn.downs[0]), [&](int group, int next, int begin, int end) {
             const auto take = [&](int n, int column, int count, F16 v) { add(n, column, count, v); };
-            grouped_down(ffn, order, group, begin, end, c_.hidden, take);
+            grouped_down(ffn, order, group, next, begin, end, c_.hidden, take);
         });
     }
 
