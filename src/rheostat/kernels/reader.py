@@ -91,9 +91,7 @@ class NativeReader:
         )
         numbers = (len(lengths), len(h), layers.start, layers.stop)
         reading = structs.CReading(*before, cache.keys.stride(0), *after, *numbers)
-        self._library.rheostat_read_prompts(
-            ctypes.byref(decoder), ctypes.byref(reading), torch.get_num_threads()
-        )
+        self._library.rheostat_read_prompts(ctypes.byref(decoder), ctypes.byref(reading), torch.get_num_threads())
         return None if experts is None else [experts[place].long() for place in routed]
 
     def _check(self, layers: range, h: torch.Tensor, prompt: Any, cache: Any) -> None:
@@ -102,7 +100,9 @@ class NativeReader:
             raise bad_setting("layers", layers, f"a range within {len(weights.layers)} layers")
         fits = h.shape == (sum(prompt.lengths), weights.hidden_size) and h.dtype == torch.float32
         if not fits or not h.is_contiguous() or h.device.type != "cpu":
-            raise bad_setting("h", f"{h.dtype} {tuple(h.shape)}", f"float32 [tokens, {weights.hidden_size}], contiguous")
+            raise bad_setting(
+                "h", f"{h.dtype} {tuple(h.shape)}", f"float32 [tokens, {weights.hidden_size}], contiguous"
+            )
         shape = (len(weights.layers), held[1], weights.num_kv_heads, held[3], weights.head_dim)
         if tuple(held) != shape or cache.dtype not in structs.CACHE_DTYPES:
             raise bad_setting("cache", f"{cache.dtype} {tuple(held)}", f"of shape {shape}")
