@@ -32,7 +32,7 @@ LAYERS = (
     ("methods.*",),
     ("methods",),
     ("dial",),
-    ("runtime.*",),
+    ("runtime.*", "passes"),
     ("adapted",),
     ("decode", "calibration"),
     ("artifact",),
