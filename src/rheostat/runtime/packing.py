@@ -15,7 +15,7 @@ import torch
 from rheostat.errors import SettingError, bad_setting
 from rheostat.kernels import FORMATS, NativeReader, pack
 from rheostat.runtime.building import Unsupported
-from rheostat.runtime.weights import DecoderWeights, FFNWeights, LayerWeights, Matrix
+from rheostat.runtime.weights import DecoderWeights, DraftForm, FFNWeights, LayerWeights, Matrix, PredictedLayers
 
 AUTO = "auto"
 
@@ -65,6 +65,33 @@ def decode_form(weights: DecoderWeights, format: str, *, is_packed: bool = True)
     return found
 
 
+def draft_form(
+    weights: DecoderWeights, decode: DecoderWeights, form: DraftForm, *, is_packed: bool = True
+) -> DecoderWeights:
+    """The decoder as a draft reads it: what `form` names in 4 bits, the rest shared with the decode form.
+
+    Raises:
+        Unsupported: the weights cannot be held in 4 bits.
+    """
+    check_edges(weights.layers[0].ffn.sizes, "int4")
+    places = {"ffn": ("gate", "up", "downs"), "attention": ("q", "k", "v", "o")}
+    named = {name for place in form.places for name in places.get(place, ())}
+
+    def convert(matrix: Matrix) -> Matrix:
+        packed = pack(matrix, "int4", GROUP)
+        return packed if is_packed else packed.unpack()
+
+    layers = []
+    for full, other in zip(weights.layers, decode.layers, strict=True):
+        own = {name: convert(getattr(full, name)) for name in places["attention"] if name in named}
+        ffn = {name: convert(getattr(full.ffn, name)) for name in ("gate", "up") if name in named}
+        if "downs" in named:
+            ffn["downs"] = tuple(convert(down) for down in full.ffn.downs)
+        layers.append(replace(other, **own, ffn=replace(other.ffn, **ffn)))
+    head = convert(weights.head) if "head" in form.places else decode.head
+    return replace(decode, layers=tuple(layers), head=head)
+
+
 def check_edges(sizes: tuple[int, ...], format: str) -> None:
     """Refuse experts whose edge lies inside a group of channels that share a scale.
 
@@ -85,15 +112,27 @@ def prefill_form(weights: DecoderWeights, dtype: torch.dtype) -> DecoderWeights:
 def native_prefill_form(
     weights: DecoderWeights, code: ctypes.CDLL, decode: DecoderWeights | None = None
 ) -> DecoderWeights:
-    """The decoder as native code reads prompts with it: matrices in panels of bfloat16.
+    """The decoder as native code reads prompts with it: matrices in panels of bfloat16, the head's too.
 
     Args:
         decode: a form in bf16 whose panels serve both phases; None makes panels for this one.
     """
     if decode is None:
         layers = tuple(_mapped_layer(layer, lambda matrix: pack(matrix, "bf16")) for layer in weights.layers)
-        decode = replace(weights, layers=layers)
+        decode = replace(weights, layers=layers, head=pack(weights.head, "bf16"))
     return replace(decode, reader=NativeReader(code, decode))
+
+
+def ahead_form(layers: PredictedLayers, dtype: torch.dtype) -> PredictedLayers:
+    """Maps with their matrices in `dtype`; those that are already are not copied."""
+    squeeze = None if layers.squeeze is None else layers.squeeze.to(dtype)
+    return replace(layers, squeeze=squeeze, maps=tuple(one.to(dtype) for one in layers.maps))
+
+
+def ahead_bytes(layers: PredictedLayers, others: PredictedLayers) -> int:
+    """Bytes of the matrices of `layers` that are not those of `others`."""
+    pairs = zip(layers.matrices, others.matrices, strict=True)
+    return sum(one.nbytes for one, other in pairs if _place(one) != _place(other))
 
 
 def prefill_dtype(format: str) -> torch.dtype:
