@@ -6,13 +6,14 @@ multiplies each weight with hundreds of rows, so there the matrix unit counts: p
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 
 from rheostat.errors import SettingError, bad_setting
-from rheostat.kernels import FORMATS, pack
+from rheostat.kernels import FORMATS, NativeReader, pack
 from rheostat.runtime.building import Unsupported
 from rheostat.runtime.weights import DecoderWeights, DraftForm, FFNWeights, LayerWeights, Matrix, PredictedLayers
 
@@ -108,6 +109,20 @@ def prefill_form(weights: DecoderWeights, dtype: torch.dtype) -> DecoderWeights:
     return replace(weights, layers=layers)
 
 
+def native_prefill_form(
+    weights: DecoderWeights, code: ctypes.CDLL, decode: DecoderWeights | None = None
+) -> DecoderWeights:
+    """The decoder as native code reads prompts with it: matrices in panels of bfloat16, the head's too.
+
+    Args:
+        decode: a form in bf16 whose panels serve both phases; None makes panels for this one.
+    """
+    if decode is None:
+        layers = tuple(_mapped_layer(layer, lambda matrix: pack(matrix, "bf16")) for layer in weights.layers)
+        decode = replace(weights, layers=layers, head=pack(weights.head, "bf16"))
+    return replace(decode, reader=NativeReader(code, decode))
+
+
 def ahead_form(layers: PredictedLayers, dtype: torch.dtype) -> PredictedLayers:
     """Maps with their matrices in `dtype`, those of all layers one below the other, for a single product."""
     squeeze = None if layers.squeeze is None else layers.squeeze.to(dtype)
@@ -136,9 +151,9 @@ def matrices(weights: DecoderWeights) -> Iterator[Matrix]:
     yield weights.head
 
 
-def own_bytes(weights: DecoderWeights, others: DecoderWeights) -> int:
-    """Bytes of the matrices of `weights` that are not those of `others` too."""
-    shared = {_place(matrix) for matrix in matrices(others)}
+def own_bytes(weights: DecoderWeights, *others: DecoderWeights) -> int:
+    """Bytes of the matrices of `weights` that are not those of one of `others` too."""
+    shared = {_place(matrix) for other in others for matrix in matrices(other)}
     return sum({_place(one): one.nbytes for one in matrices(weights) if _place(one) not in shared}.values())
 
 
