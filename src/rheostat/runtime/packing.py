@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -83,7 +84,7 @@ def draft_form(
     layers = []
     for full, other in zip(weights.layers, decode.layers, strict=True):
         own = {name: convert(getattr(full, name)) for name in places["attention"] if name in named}
-        ffn = {name: convert(getattr(full.ffn, name)) for name in ("gate", "up") if name in named}
+        ffn: dict[str, Any] = {name: convert(getattr(full.ffn, name)) for name in ("gate", "up") if name in named}
         if "downs" in named:
             ffn["downs"] = tuple(convert(down) for down in full.ffn.downs)
         layers.append(replace(other, **own, ffn=replace(other.ffn, **ffn)))
