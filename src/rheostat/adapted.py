@@ -159,7 +159,8 @@ class Adapted(nn.Module):
         try:
             native = self.runtime(runtime, weights, with_forms=True)
             if native is not None:
-                if stages := self.method.acts_at() & OWN_GENERATE:
+                stages = self.method.acts_at() & OWN_GENERATE
+                if stages and native.ahead is None:
                     raise Unsupported(f"generate with a method at the stage {sorted(stages)[0]}")
                 return generate(self.model, native, self.settings, args, kwargs)
         except Unsupported as reason:
@@ -183,8 +184,7 @@ class Adapted(nn.Module):
             if runtime == "stock":
                 return None
             stages = self.method.acts_at() - KNOWN_STAGES
-            cache_form, draft_form = self.method.cache_form(), self.method.draft_form()
-            if with_forms and cache_form is not None and draft_form is not None:
+            if with_forms and self.method.cache_form() is not None and self.method.draft_form() is not None:
                 stages -= FORMED_STAGES
             if stages:
                 raise Unsupported(f"a method at the stage {sorted(stages)[0]}")
@@ -193,15 +193,35 @@ class Adapted(nn.Module):
             if runtime == "auto" and library() is None:
                 raise Unsupported("this machine: there is no native code for it")
             found = self._runtimes.get(format)
-            if found is not None and not found.fits(self.model, self.hook_ids, cache_form, draft_form):
+            if found is not None and not found.fits(self.model):
                 self._runtimes.clear()  # the weights changed: all formats hold old ones
                 found = None
             if found is None:
-                found = self._runtimes[format] = Runtime(self.model, format, self.hook_ids, cache_form, draft_form)
+                found = self._runtimes[format] = self.new_runtime(format)
             return found
         except Unsupported as reason:
             refuse(runtime, reason)
             return None
+
+    def new_runtime(self, format: str) -> Runtime:
+        """Our own runtime on this model in a weight format, whatever there is already.
+
+        Raises:
+            Unsupported: there can be none.
+        """
+        method = self.method
+        return Runtime(
+            self.model,
+            format,
+            self.hook_ids,
+            cache_form=method.cache_form(),
+            draft_form=method.draft_form(),
+            ahead=method.runtime_prefill(self.model),
+        )
+
+    def reads_prompts_on(self, runtime: Runtime) -> bool:
+        """Whether the runtime reads prompts as the method does; else the method reads them itself."""
+        return runtime.ahead is not None or "prefill" not in self.method.acts_at()
 
     def detach(self) -> PreTrainedModel:
         """Take the method and the hooks off and return the host. This object is of no use afterwards."""

@@ -130,7 +130,7 @@ def _start_native(
     adapted: Adapted, runtime: Runtime, input_ids: torch.Tensor, mask: torch.Tensor, num_new: int, wanted: str
 ) -> _Stock | _Native:
     """A prompt read by our runtime; or by the method that acts at prefill, and then we go on from its cache."""
-    if "prefill" not in adapted.method.acts_at():
+    if adapted.reads_prompts_on(runtime):
         settings = adapted.settings("prefill", len(input_ids))
         return _Native(adapted, Batch.read(runtime, input_ids, mask, settings, num_new=num_new))
     stock = _Stock(adapted, input_ids, mask)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from rheostat.decode import stream
 from rheostat.sampling import Sampling
@@ -279,6 +280,42 @@ def test_a_prompt_that_ends_between_its_pieces(tiny: Tiny, how: str):
         breaks.prompt_length = -1
         after = submit(engine, job(tiny, "water " * 11, 0.8, 6))
         assert after.text() == tiny.offline("water " * 11, 0.8, 6)
+
+
+class Small(Breaking):
+    """A backend whose memory holds so many rows."""
+
+    def __init__(self, inner: Backend, most: int) -> None:
+        super().__init__(inner)
+        self.most = most
+
+    def step(self, rows: Any, token_ids: Any, computes: Any) -> None:
+        if len(rows) > self.most:
+            torch.empty(1 << 50, dtype=torch.uint8)  # as PyTorch says it
+        self.inner.step(rows, token_ids, computes)
+
+
+def test_where_memory_runs_out_the_last_to_come_is_given_up(tiny: Tiny):
+    with working(tiny, Small(make_backend(tiny.adapted), 2)) as engine:
+        names = ("one", "two", "three", "four")
+        inboxes = {name: submit(engine, job(tiny, name, 0.8, 30)) for name in names}
+        ends = {name: inbox.wait() for name, inbox in inboxes.items()}
+        lost = [name for name, end in ends.items() if isinstance(end, Failed)]
+        assert lost == ["three", "four"]
+        assert all("not enough memory" in ends[name].message and ends[name].status == 503 for name in lost)
+        for name in ("one", "two"):
+            assert inboxes[name].text() == tiny.offline(name, 0.8, 30)
+        assert submit(engine, job(tiny, "five", 0.8, 6)).text() == tiny.offline("five", 0.8, 6)
+
+
+def test_who_has_waited_for_too_long_is_sent_away(tiny: Tiny):
+    with working(tiny, limits=Limits(rows=1, queue_seconds=0.01)) as engine:
+        first = submit(engine, job(tiny, "first", 1.0, 200))
+        first.begin()
+        late = submit(engine, job(tiny, "late", 1.0, 4)).wait()
+        assert isinstance(late, Failed)
+        assert late.status == 429
+        assert first.text() == tiny.offline("first", 1.0, 200)
 
 
 def test_a_deadline_cuts_off(tiny: Tiny, backend: Backend):

@@ -58,6 +58,7 @@ class NativeDecoder:
         rope: Any,
         out: torch.Tensor | None = None,
         counts: Sequence[int] | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Take the newest token of each row, or its newest `counts` tokens: their keys and values join the cache, whose
         lengths grow by as many. Each token sees those of its row before it, and itself.
@@ -70,6 +71,7 @@ class NativeDecoder:
             rope: a `rheostat.runtime.rope.RopeTable` of these weights.
             out: [N, V] float32, contiguous: where the logits go.
             counts: [B], new tokens of each row, 0 for one that waits. None: one a row.
+            hidden: [N, D] float32, contiguous, what enters the first layer instead of the tokens' embeddings; used up.
 
         Returns:
             Logits [N, V] float32, and the expert [L, N] int64 that each layer took; None when all took the full FFN
@@ -82,7 +84,7 @@ class NativeDecoder:
         news = torch.tensor([1] * num_rows if counts is None else list(counts), dtype=torch.int32)
         cache.reserve(int((cache.lengths + news).max()))
         table = rope.reserve(int(positions.max()) + 1)
-        hidden = _embed(self._weights.embedding, token_ids)
+        hidden = _embed(self._weights.embedding, token_ids) if hidden is None else hidden
         is_routed = settings is not None and self._weights.is_routed and bool((settings > 0).any())
         settings = settings.float().contiguous() if is_routed and settings is not None else None
         logits = torch.empty(num_rows, self._weights.vocab_size) if out is None else out

@@ -20,7 +20,7 @@ from rheostat import families
 from rheostat.cost import Cost, dense_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
-from rheostat.runtime.weights import CacheForm, DraftForm, FFNWeights
+from rheostat.runtime.weights import CacheForm, DraftForm, FFNWeights, ReadAhead
 from rheostat.speculate.drafter import Drafter, Stopping
 
 if TYPE_CHECKING:
@@ -253,6 +253,11 @@ class Method:
             logits_to_keep=1,
         )
         return out.logits[:, -1]
+
+    def runtime_prefill(self, model: PreTrainedModel) -> ReadAhead | None:
+        """How our runtime reads prompts as `prefill` does, as views of the model's parameters; None (the default) when
+        it runs the model on them, or where `prefill` does what the runtime cannot."""
+        return None
 
     def decode(
         self,

@@ -13,7 +13,7 @@ from rheostat.cost import Cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
 from rheostat.methods.base import Method, Progress, no_progress
-from rheostat.runtime.weights import CacheForm, DraftForm
+from rheostat.runtime.weights import CacheForm, DraftForm, ReadAhead
 from rheostat.speculate.drafter import Drafter, Stopping
 
 if TYPE_CHECKING:
@@ -184,6 +184,10 @@ class Chain(Method):
     ) -> torch.Tensor:
         """By the method at the prefill stage."""
         return self.at("prefill").prefill(model, input_ids, attention_mask, cache)
+
+    def runtime_prefill(self, model: PreTrainedModel) -> ReadAhead | None:
+        """Of the method at the prefill stage."""
+        return self.at("prefill").runtime_prefill(model)
 
     def decode(
         self, model: PreTrainedModel, token_ids: torch.Tensor, attention_mask: torch.Tensor, cache: Cache

@@ -102,6 +102,13 @@ class KVCache:
         """Count `num_tokens` more (one number, or [B]), which all layers have written."""
         self.lengths += num_tokens
 
+    def above(self, layer: int) -> KVCache:
+        """The layers from `layer` on, on the same memory as long as it need not grow; lengths are shared."""
+        view = object.__new__(KVCache)
+        view.keys, view.values = self.keys[layer:], self.values[layer:]
+        view.lengths, view.starts = self.lengths, self.starts
+        return view
+
     def truncate(self, lengths: torch.Tensor | int) -> None:
         """Go back to these `lengths` (one for all rows, or [B]): what came after is forgotten.
 

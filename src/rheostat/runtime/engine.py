@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,13 +18,15 @@ from rheostat.geometry import Geometry
 from rheostat.kernels import NativeDecoder, library
 from rheostat.meter import Meter
 from rheostat.runtime import packing, plain
+from rheostat.runtime.ahead import Pieces, read_ahead
 from rheostat.runtime.billing import Biller, Tally
 from rheostat.runtime.building import Unsupported, build, stamp
 from rheostat.runtime.cache import KVCache
+from rheostat.runtime.plain import rms_norm
 from rheostat.runtime.planes import PlaneCache, check_planes
-from rheostat.runtime.prefill import Prompt, prefill
+from rheostat.runtime.prefill import Prompt, prefill, run_layers, set_lengths
 from rheostat.runtime.rope import RopeTable
-from rheostat.runtime.weights import CacheForm, DecoderWeights, DraftForm
+from rheostat.runtime.weights import CacheForm, DecoderWeights, DraftForm, PredictedLayers, ReadAhead
 from rheostat.spending import current_spending
 
 AHEAD = 512
@@ -41,22 +44,26 @@ class Runtime:
         model: Any,
         format: str,
         hooks: frozenset[int] = frozenset(),
+        *,
         cache_form: CacheForm | None = None,
         draft_form: DraftForm | None = None,
+        ahead: ReadAhead | None = None,
     ) -> None:
         """Look at the model; nothing is copied yet.
 
         Args:
             model: of `transformers`, with its methods attached.
             format: one of `kernels.FORMATS`.
-            hooks: ids of hooks on the head that the caller answers for.
+            hooks: ids of hooks that the caller answers for.
             cache_form: of the cache of each batch; None is an ordinary one.
             draft_form: what a draft of the model itself reads; None where it has none.
+            ahead: how prompts are read; None through all layers.
 
         Raises:
             Unsupported: the runtime cannot run this model, or not in this format.
         """
-        self.weights = build(model, hooks)
+        self.ahead, self._hooks = ahead, hooks | (frozenset() if ahead is None else ahead.hook_ids)
+        self.weights = build(model, self._hooks)
         self.format, self.cache_form, self.draft_form = format, cache_form, draft_form
         if cache_form is not None:
             check_planes(cache_form, self.weights)
@@ -75,21 +82,16 @@ class Runtime:
         self._decode: tuple[DecoderWeights, NativeDecoder | None] | None = None
         self._prefill: DecoderWeights | None = None
         self._draft: tuple[DecoderWeights, NativeDecoder | None] | None = None
+        self._maps: dict[int, PredictedLayers] = {}
+        self._tails: dict[int, tuple[DecoderWeights, NativeDecoder | None]] = {}
 
-    def fits(
-        self,
-        model: Any,
-        hooks: frozenset[int] = frozenset(),
-        cache_form: CacheForm | None = None,
-        draft_form: DraftForm | None = None,
-    ) -> bool:
-        """Whether the model is still what was looked at, and what is asked of it.
+    def fits(self, model: Any) -> bool:
+        """Whether the model is still what was looked at.
 
         Raises:
             Unsupported: it has become something that we cannot run.
         """
-        asked = (self.cache_form, self.draft_form) == (cache_form, draft_form)
-        return asked and self.stamp == stamp(model, build(model, hooks))
+        return self.stamp == stamp(model, build(model, self._hooks))
 
     @property
     def decode_weights(self) -> DecoderWeights:
@@ -139,6 +141,42 @@ class Runtime:
             return plain.step(weights, token_ids, positions, cache, settings, self.rope, counts)
         return native(token_ids, positions, cache, settings, self.rope, out, counts)
 
+    def finish(
+        self, depth: int, h: torch.Tensor, prompt: Prompt, cache: KVCache, setting: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+        """Prompts' last tokens, whose residual stream is h [M, D], through the layers from `depth` on.
+
+        Returns:
+            The next tokens' logits [B, V] float32, and the experts [M] of each routed layer; None as for `prefill`.
+        """
+        if prompt.lengths == [1] * cache.num_rows:  # the form of decoding, which streams weights faster
+            weights, native = self._tail(depth)
+            if setting is not None:
+                setting = setting.masked_fill(prompt.positions == 0, 0)  # first tokens of texts, as in `run_layers`
+            last = (prompt.token_ids, prompt.positions, cache.above(depth), setting, self.rope)
+            logits, experts = plain.step(weights, *last, h) if native is None else native(*last, hidden=h)
+            routed = [place for place, layer in enumerate(weights.layers) if layer.ffn.router is not None]
+            if experts is None and setting is not None:  # none but first tokens
+                experts = torch.stack(
+                    [torch.full_like(prompt.positions, len(one.ffn.sizes) - 1) for one in weights.layers]
+                )
+            return logits, None if experts is None else [experts[place] for place in routed]
+        weights = self.prefill_weights
+        chosen = run_layers(weights, range(depth, len(weights.layers)), h, prompt, cache, setting, self.rope)
+        set_lengths(cache, prompt)
+        hidden = rms_norm(h[prompt.lasts], weights.final_norm, weights.eps)
+        return plain.product(self.weights.head, hidden).float(), chosen
+
+    def _tail(self, depth: int) -> tuple[DecoderWeights, NativeDecoder | None]:
+        """The layers from `depth` on as decoding streams them."""
+        weights, native = self._decoder()
+        with self._lock:
+            if depth not in self._tails:
+                tail = replace(weights, layers=weights.layers[depth:])
+                code = None if native is None else library()
+                self._tails[depth] = tail, None if code is None else NativeDecoder(code, tail)
+            return self._tails[depth]
+
     @property
     def prefill_weights(self) -> DecoderWeights:
         """As a prompt is read with; converted when first asked for."""
@@ -147,16 +185,39 @@ class Runtime:
                 self._prefill = packing.prefill_form(self.weights, packing.prefill_dtype(self.format))
             return self._prefill
 
+    def maps(self, depth: int) -> PredictedLayers:
+        """What predicts the layers from `depth` on, in the dtype that prompts are read in."""
+        assert self.ahead is not None
+        dtype = packing.prefill_dtype(self.format)
+        with self._lock:
+            if depth not in self._maps:
+                self._maps[depth] = packing.ahead_form(self.ahead.layers[depth], dtype)
+            return self._maps[depth]
+
+    def depths(self, settings: Settings, num_rows: int) -> dict[int | None, list[int]]:
+        """The depth at which prompts are read, None for all layers -> the rows for which that is so."""
+        asked = None if self.ahead is None else settings.get(self.ahead.key)
+        if self.ahead is None or asked is None:
+            return {None: list(range(num_rows))}
+        found: dict[int | None, list[int]] = {}
+        for row, setting in enumerate(asked.tolist()):
+            found.setdefault(self.ahead.depth_at(setting), []).append(row)
+        return found
+
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes held now beyond the model's own weights, by phase."""
         decode, draft = (None if one is None else one[0] for one in (self._decode, self._draft))
         forms = {"prefill": (self._prefill, self.weights), "decode": (decode, self.weights), "draft": (draft, decode)}
-        return {
+        held = {
             phase: 0 if form is None else packing.own_bytes(form, other or self.weights)
             for phase, (form, other) in forms.items()
             if form is not None or phase != "draft"
         }
+        if self.ahead is not None:
+            own = (packing.ahead_bytes(one, self.ahead.layers[depth]) for depth, one in self._maps.items())
+            held["prefill"] += sum(own)
+        return held
 
     def new_cache(self, num_rows: int, num_slots: int) -> KVCache:
         """An empty cache."""
@@ -226,13 +287,37 @@ class Batch:
         """
         prompt = Prompt.of(input_ids, attention_mask)
         cache = runtime.new_cache(len(input_ids), max(prompt.lengths) + min(num_new, AHEAD))
-        hidden, experts = prefill(runtime.prefill_weights, prompt, cache, runtime.setting(settings), runtime.rope)
-        logits = plain.product(runtime.weights.head, hidden)
-        batch = cls(runtime, cache, torch.tensor(prompt.lengths), logits.float())
-        if (spending := current_spending()) is not None:
-            runtime.biller.prefill(spending.meter, batch._tally, prompt.valid, prompt.lengths, experts)
+        logits = torch.empty(len(input_ids), runtime.weights.vocab_size)
+        batch = cls(runtime, cache, torch.tensor(prompt.lengths), logits)
+        for depth, rows in runtime.depths(settings, len(input_ids)).items():
+            mask = prompt.valid[rows]
+            one = prompt if len(rows) == len(input_ids) else Prompt.of(input_ids[rows], mask, rows=rows)
+            setting = runtime.setting({key: value[rows] for key, value in settings.items()})
+            logits[rows] = batch._read(one, depth, setting)
         batch._take_form(num_new)
         return batch
+
+    def _read(self, prompt: Prompt, depth: int | None, setting: torch.Tensor | None) -> torch.Tensor:
+        """Rows that are read alike; bills them, and returns the next token's logits [b, V]."""
+        runtime, spending = self.runtime, current_spending()
+        ahead = runtime.ahead
+        if ahead is None or depth is None or prompt.valid.shape[1] <= ahead.num_exact:
+            hidden, experts = prefill(runtime.prefill_weights, prompt, self.cache, setting, runtime.rope)
+            if spending is not None:
+                runtime.biller.prefill(spending.meter, self._tally, prompt.valid, prompt.lengths, experts)
+            return plain.product(runtime.weights.head, hidden).float()
+        pieces = Pieces.of(prompt, ahead.num_exact)
+        maps, weights = runtime.maps(depth), runtime.prefill_weights
+        h, below = read_ahead(weights, maps, prompt, pieces, self.cache, setting, runtime.rope)
+        set_lengths(self.cache, pieces.early)
+        logits, above = runtime.finish(depth, h, pieces.late, self.cache, setting)
+        if spending is not None:
+            early, late = pieces.split(below)
+            runtime.biller.ahead(spending.meter, self._tally, pieces.early, maps, early)
+            chosen = None if setting is None else [*(late or ()), *(above or ())]
+            one = pieces.late
+            runtime.biller.prefill(spending.meter, self._tally, one.valid, one.lengths, chosen, one.pasts)
+        return logits
 
     @classmethod
     def resume(

@@ -88,6 +88,8 @@ class _Loop:
     ) -> torch.Tensor:
         """Ids [B, T + new]."""
         _check(input_ids, generation_config, model_kwargs)
+        if self.runtime.ahead is not None and generation_config.prefill_chunk_size:
+            raise Unsupported("prefill_chunk_size, which reads prompts in all layers")
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
         num_rows, num_tokens = input_ids.shape

@@ -15,7 +15,7 @@ import torch
 from rheostat.errors import SettingError, bad_setting
 from rheostat.kernels import FORMATS, pack
 from rheostat.runtime.building import Unsupported
-from rheostat.runtime.weights import DecoderWeights, DraftForm, FFNWeights, LayerWeights, Matrix
+from rheostat.runtime.weights import DecoderWeights, DraftForm, FFNWeights, LayerWeights, Matrix, PredictedLayers
 
 AUTO = "auto"
 
@@ -107,6 +107,18 @@ def prefill_form(weights: DecoderWeights, dtype: torch.dtype) -> DecoderWeights:
     one token a row, stays as it is."""
     layers = tuple(_mapped_layer(layer, lambda matrix: matrix.to(dtype)) for layer in weights.layers)
     return replace(weights, layers=layers)
+
+
+def ahead_form(layers: PredictedLayers, dtype: torch.dtype) -> PredictedLayers:
+    """Maps with their matrices in `dtype`; those that are already are not copied."""
+    squeeze = None if layers.squeeze is None else layers.squeeze.to(dtype)
+    return replace(layers, squeeze=squeeze, maps=tuple(one.to(dtype) for one in layers.maps))
+
+
+def ahead_bytes(layers: PredictedLayers, others: PredictedLayers) -> int:
+    """Bytes of the matrices of `layers` that are not those of `others`."""
+    pairs = zip(layers.matrices, others.matrices, strict=True)
+    return sum(one.nbytes for one, other in pairs if _place(one) != _place(other))
 
 
 def prefill_dtype(format: str) -> torch.dtype:

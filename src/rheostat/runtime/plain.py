@@ -55,6 +55,7 @@ def step(
     settings: torch.Tensor | None,
     rope: RopeTable,
     counts: Sequence[int] | None = None,
+    hidden: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Take the newest token of each row, or its newest `counts` tokens: their keys and values join the cache, whose
     lengths grow by as many. Each token sees those of its row before it, and itself.
@@ -67,6 +68,7 @@ def step(
         settings: [N] float32, the native setting of each token; None, or 0 for one, is the full FFN.
         rope: the table for `weights`.
         counts: [B], new tokens of each row, 0 for one that waits. None: one a row.
+        hidden: [N, D] float32, what enters the first of the layers instead of the tokens' embeddings.
 
     Returns:
         Logits [N, V] float32, and the expert [L, N] int64 that each layer took; None when all took the full FFN
@@ -80,7 +82,7 @@ def step(
     slots = torch.cat([torch.arange(n) for n in news.tolist()]) + cache.lengths[owners]
     shared = _Step(weights, cache, cos[:, None], sin[:, None], settings, owners, slots)
     cache.reserve(int((cache.lengths + news).max()))
-    h = rows_of(weights.embedding, token_ids)  # [B, D]
+    h = rows_of(weights.embedding, token_ids) if hidden is None else hidden  # [N, D]
     experts = []
     for place, layer in enumerate(weights.layers):
         h = h + _attention(shared, place, layer, rms_norm(h, layer.input_norm, weights.eps))

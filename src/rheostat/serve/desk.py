@@ -125,8 +125,12 @@ class Desk:
         return one.job.id in self._jobs
 
     def drop_late(self) -> None:
-        """End what has passed its time limit."""
+        """End what has passed its time limit, or has waited for too long."""
         now = time.monotonic()
+        with self._wake:
+            overdue = [self._jobs[id] for id in self.scheduler.overdue(now)]
+        for one in overdue:
+            self.fail(one, 429, "the server is overloaded: no place came free in time", "overloaded")
         for one in list(self._jobs.values()):
             if one.job.deadline is not None and now > one.job.deadline:
                 self.fail(one, 504, "the time limit of this server has passed", "timeout")

@@ -125,7 +125,7 @@ class NativeBackend:
         given = settings if bool((settings > 0).any()) else None
         prompt = Prompt.of(ids, valid, pasts=pasts)
         hidden, experts = prefill(runtime.prefill_weights, prompt, cache, given, runtime.rope)
-        return plain.product(runtime.weights.head, hidden).float(), experts
+        return plain.product(runtime.prefill_weights.head, hidden).float(), experts
 
     def _seat(
         self,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from rheostat.runtime.cache import SMALLEST, KVCache
@@ -56,8 +59,9 @@ class RowCache(KVCache):
             self.lengths[row] = self.lengths[last]
         self.lengths = self.lengths[:last].clone()
         if not last:
-            self._keys, self._values = (one.new_zeros(*one.shape[:1], 1, one.shape[2], SMALLEST, one.shape[4])
-                                        for one in (self._keys, self._values))  # fmt: skip
+            num_layers, _, num_heads, _, width = self._keys.shape
+            small = (num_layers, 1, num_heads, SMALLEST, width)
+            self._keys, self._values = _zeros(small, self.dtype), _zeros(small, self.dtype)
         self._show(last)
 
     def only(self, row: int) -> KVCache:
@@ -73,11 +77,19 @@ class RowCache(KVCache):
         self.starts = torch.zeros(count, dtype=torch.int32)
 
     def _grow(self, num_rows: int, num_slots: int) -> None:
-        shown, used = len(self.lengths), self.num_slots
+        shown, used = len(self.lengths), int(self.lengths.max()) if len(self.lengths) else 0
+        num_layers, _, num_heads, _, width = self._keys.shape
         made = []
         for old in (self._keys, self._values):  # both or, where memory runs out, none
-            new = old.new_zeros(old.shape[0], num_rows, old.shape[2], num_slots, old.shape[4])
-            new[:, :shown, :, :used] = old[:, :shown]
+            new = _zeros((num_layers, num_rows, num_heads, num_slots, width), old.dtype)
+            new[:, :shown, :, :used] = old[:, :shown, :, :used]
             made.append(new)
         self._keys, self._values = made
         self._show(shown)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that take memory only once they are written: `torch.zeros` writes them at once, and a batch that grows
+    would wait for slots that it may never use."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)

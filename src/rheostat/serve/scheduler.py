@@ -25,11 +25,15 @@ class Limits:
     """Rows times the longest row, in tokens: bounds the memory of keys and values."""
     prefill_tokens: int = 1024
     """Prompt tokens read between two steps of the running batch; a longer prompt is read in pieces of so many."""
+    queue_seconds: float = float("inf")
+    """How long a request may wait for its place; then it is sent away, so that those who are answered are so soon."""
 
     def __post_init__(self) -> None:
         for name in ("rows", "queue", "cache_tokens", "prefill_tokens"):
             if getattr(self, name) < 1:
                 raise bad_setting(name, getattr(self, name), "1 or more")
+        if not self.queue_seconds > 0:
+            raise bad_setting("queue_seconds", self.queue_seconds, "a number of seconds above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +197,10 @@ class Scheduler:
     def longest_wait(self, now: float) -> float:
         """Seconds that the head of the queue has waited."""
         return now - self.waiting[0].arrived if self.waiting else 0.0
+
+    def overdue(self, now: float) -> list[str]:
+        """Ids of those that have waited for too long."""
+        return [one.id for one in self.waiting if now - one.arrived > self.limits.queue_seconds]
 
     def _longest(self) -> int:
         return max((one.longest for one in self.running.values()), default=0)

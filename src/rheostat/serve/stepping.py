@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import torch
 
 from rheostat.sampling import sample
 from rheostat.serve.adaptive import lowered
 from rheostat.serve.backend import Backend
 from rheostat.serve.desk import Desk
-from rheostat.serve.errors import failure
+from rheostat.serve.errors import failure, is_memory
 from rheostat.serve.jobs import Job, Token, TokenProbability
 from rheostat.serve.running import Line, Running
 
@@ -62,11 +63,13 @@ class Stepper:
                 self.desk.end_line(one, line, "length")
 
     def _choose(self, job: Job, line: Line) -> int:
-        best = line.row.logits.max(-1)  # one pass over the vocabulary: it finds what is not a number too
-        if not float("-inf") < float(best.values):
+        # Not by torch, which would wake a thread for so many numbers: it then spins, on a core that the step needs.
+        logits = line.row.logits.numpy()
+        best = int(logits.argmax())  # of what is not a number, the first
+        if not logits[best] > -np.inf:
             raise FloatingPointError("logits that are not numbers")
         if job.sampling.temperature == 0:
-            return int(best.indices)
+            return best
         return int(sample(line.row.logits[None], job.sampling, line.generator)[0])
 
     # -- read
@@ -77,11 +80,21 @@ class Stepper:
             try:
                 self.backend.step(rows, [line.newest for _, line in lines], [line.compute for _, line in lines])
                 return
-            except Exception:
-                logger.exception("a step of %d rows failed; each goes by itself", len(rows))
+            except Exception as error:
+                logger.exception("a step of %d rows failed", len(rows))
+                if is_memory(error):
+                    self._read_fewer(lines, error)
+                    return
         for one, line in lines:
             if self.desk.holds(one):
                 self._read_alone(one, line)
+
+    def _read_fewer(self, lines: list[tuple[Running, Line]], error: Exception) -> None:
+        """Give up the job that came last, so that the others have room."""
+        newest = lines[-1][0]
+        self._fail(newest, error)
+        if rest := [(one, line) for one, line in lines if one is not newest]:
+            self._read(rest)
 
     def _read_alone(self, one: Running, line: Line) -> None:
         try:
