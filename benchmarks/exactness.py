@@ -23,7 +23,7 @@ import torch
 
 import rheostat
 from rheostat.adapted import Adapted
-from rheostat.caches.hierarchical import body_length
+from rheostat.caches.counting import body_length
 from rheostat.provenance import provenance
 from rheostat.runtime.engine import Batch, Runtime
 from rheostat.runtime.speculating import NativeHost

@@ -8,8 +8,8 @@ numbers of tokens, of which long documents are cut, or `short`: prompts of five 
 then start from copies of its cache and take turns, round by round. Prefill is left out. Printed are medians of tokens
 a second and the ratio to plain decoding of the same round; beside it the most that bytes allow with the acceptance
 measured, and the share of that which was reached. Every text is compared with that of plain decoding on the same
-kind of cache. `--parts perplexity,memory` say what the cache in planes costs and saves. The last line of output is one
-JSON object.
+kind of cache. `--parts steps` times single passes; `--parts perplexity,memory` say what the cache in planes costs and
+saves. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def figures(
     runs = found[side][1:] or found[side]
     plain = found["plain"][1:] or found["plain"]
     ratios = [a["seconds"] / b["seconds"] for a, b in zip(plain, runs, strict=True)]
-    like = "planes" if side.startswith("self") else "plain"
+    like = "planes" if side.startswith("self") or side == "planes" else "plain"
     row: dict[str, Any] = {
         "side": side,
         "tokens_per_second": (args.new_tokens - 1) / median(one["seconds"] for one in runs),
@@ -268,6 +268,46 @@ def speed(adapted: Adapted, tokenizer: Any, args: argparse.Namespace) -> list[di
     return rows
 
 
+def steps(adapted: Adapted, tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Milliseconds of a plain step, of checks of some tokens and of a drafted token, on a full cache and on planes."""
+    form, places = CacheForm(group_size=args.group_size), tuple(args.draft_weights.split(","))
+    runtime = Runtime(adapted.model, args.weights, cache_form=form, draft_form=DraftForm(places=places))
+    rows = []
+    for size in [256, 4096] if args.contexts == "short" else map(int, args.contexts.split(",")):
+        cache = Runtime.new_cache(runtime, 1, size)
+        for states in (cache.keys, cache.values):
+            states[:, :, :, :size] = torch.randn(states[:, :, :, :size].shape)
+        cache.lengths.fill_(size)
+        held = {"full": cache, "planes": PlaneCache.of(cache, args.group_size)}
+        runs: dict[tuple[str, str], Callable[[], None]] = {}
+        for name, one in held.items():
+            batch = Batch(runtime, one, torch.tensor([size]), torch.empty(0))
+            for number in (1, 2, 3, 5, 7):
+                runs[name, f"check of {number}"] = lambda batch=batch, number=number: one_check(
+                    batch, number, draft=False
+                )
+            runs[name, "draft"] = lambda batch=batch: one_check(batch, 1, draft=True)
+        times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+        for _ in range(12):
+            for key, run in runs.items():
+                begun = time.perf_counter()
+                run()
+                times[key].append(time.perf_counter() - begun)
+        for name in held:
+            row = {what: 1e3 * median(found[1:]) for (one, what), found in times.items() if one == name}
+            rows.append({"tokens": size, "cache": name} | row)
+            print(size, name, "  ".join(f"{what} {ms:.1f} ms" for what, ms in row.items()), flush=True)
+    return rows
+
+
+def one_check(batch: Batch, number: int, *, draft: bool) -> None:
+    """Read some tokens and forget them."""
+    if batch.cache.body is not None:
+        batch.cache.body.bits = 4 if draft else 8
+    batch.check(torch.arange(5, 5 + number), None, [number], is_draft=draft)
+    batch.take_back(torch.tensor([number]))
+
+
 def perplexity(adapted: Adapted, tokenizer: Any, args: argparse.Namespace) -> dict[str, float]:
     """Of the tokens after a prompt of half a window, read in chunks behind a full, an 8-bit and a 4-bit cache."""
     text = gzip.decompress((args.data / "text/wikitext2_raw_test.txt.gz").read_bytes()).decode()
@@ -335,12 +375,13 @@ def main() -> None:
     parts, out = args.parts.split(","), {"settings": {k: str(v) for k, v in vars(args).items()}}
     made: dict[str, Callable[[], Any]] = {
         "speed": lambda: speed(adapted, tokenizer, args),
+        "steps": lambda: steps(adapted, tokenizer, args),
         "perplexity": lambda: perplexity(adapted, tokenizer, args),
         "memory": lambda: memory(adapted, 8192),
     }
     figures_of = {part: made[part]() for part in parts}
     for part in parts:
-        if part != "speed":
+        if part not in ("speed", "steps"):
             print(part, figures_of[part], flush=True)
     print(json.dumps(out | figures_of | {"provenance": provenance(seed=0)}))
 

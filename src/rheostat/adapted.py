@@ -22,8 +22,8 @@ from rheostat.runtime.generating import generate
 from rheostat.runtime.packing import check_format
 from rheostat.runtime.speculating import NativeHost
 from rheostat.speculate.drafter import Drafter, Host
-from rheostat.speculate.generating import generate as draft_and_check
 from rheostat.speculate.generating import DRAFT_LENGTH, make_drafter
+from rheostat.speculate.generating import generate as draft_and_check
 from rheostat.speculate.pacing import Pace
 from rheostat.spending import (
     Compute,

@@ -51,7 +51,7 @@ class Config(Common):
     weights: str = setting("auto", help="our runtime's weights: fp32, bf16, fp16, int8, int4 (default: as --dtype)")
     draft: str | None = setting(
         None,
-        help="guess tokens and check them together: self, low_dial, prompt_lookup, streaming_llm, snapkv, or a smaller model",
+        help="guess tokens and check them together: self, low_dial, prompt_lookup, streaming_llm, snapkv, or a model",
     )
     draft_length: str = setting("4", help="tokens to guess at a time, at most; auto takes what pays by measured times")
     draft_compute: float | None = setting(None, help="compute of the low_dial draft (default: the least)")
