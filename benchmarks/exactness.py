@@ -157,7 +157,7 @@ def main() -> None:
     args = parser.parse_args()
     found, tokenizer = rheostat.load(args.model, dtype="float32")
     adapted = found if isinstance(found, Adapted) else Adapted(found)
-    runtime = Runtime(adapted.model, args.weights, adapted.hook_ids, None, DraftForm(places=PLACES))
+    runtime = Runtime(adapted.model, args.weights, adapted.hook_ids, draft_form=DraftForm(places=PLACES))
     form = CacheForm(group_size=args.group_size)
     done = {}
     if args.out.is_file():

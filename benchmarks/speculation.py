@@ -256,7 +256,9 @@ def show(name: str, row: dict[str, Any]) -> None:
 def speed(adapted: Adapted, tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     """All prompts, all sides."""
     form, places = CacheForm(group_size=args.group_size), tuple(args.draft_weights.split(","))
-    runtime = Runtime(adapted.model, args.weights, adapted.hook_ids, form, DraftForm(places=places))
+    runtime = Runtime(
+        adapted.model, args.weights, adapted.hook_ids, cache_form=form, draft_form=DraftForm(places=places)
+    )
     runtime.prepare(draft=True)
     sides = [side for side in args.sides.split(",") if adapted.dial.low < 1 or not side.startswith("low")]
     rows = []
@@ -271,7 +273,9 @@ def speed(adapted: Adapted, tokenizer: Any, args: argparse.Namespace) -> list[di
 def steps(adapted: Adapted, tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Milliseconds of a plain step, of checks of some tokens and of a drafted token, on a full cache and on planes."""
     form, places = CacheForm(group_size=args.group_size), tuple(args.draft_weights.split(","))
-    runtime = Runtime(adapted.model, args.weights, cache_form=form, draft_form=DraftForm(places=places))
+    runtime = Runtime(
+        adapted.model, args.weights, adapted.hook_ids, cache_form=form, draft_form=DraftForm(places=places)
+    )
     rows = []
     for size in [256, 4096] if args.contexts == "short" else map(int, args.contexts.split(",")):
         cache = Runtime.new_cache(runtime, 1, size)
