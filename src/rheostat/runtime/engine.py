@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from rheostat.caches.hierarchical import saved_bytes
+from rheostat.caches.counting import saved_bytes
 from rheostat.geometry import Geometry
 from rheostat.kernels import NativeDecoder, library, reads_prompts
 from rheostat.meter import Meter
