@@ -16,11 +16,12 @@ from rheostat.kernels import library
 from rheostat.methods.base import Method
 from rheostat.passes import PassHooks
 from rheostat.runtime.building import Unsupported
-from rheostat.runtime.choosing import KNOWN_STAGES, OWN_GENERATE, check_runtime, refuse
+from rheostat.runtime.choosing import FORMED_STAGES, KNOWN_STAGES, OWN_GENERATE, check_runtime, refuse
 from rheostat.runtime.engine import Runtime, Runtimes
 from rheostat.runtime.generating import generate
 from rheostat.runtime.packing import check_format
-from rheostat.speculate.drafter import Drafter
+from rheostat.runtime.speculating import NativeHost
+from rheostat.speculate.drafter import Drafter, Host
 from rheostat.speculate.generating import generate as draft_and_check
 from rheostat.speculate.generating import make_drafter
 from rheostat.spending import (
@@ -131,14 +132,35 @@ class Adapted(nn.Module):
         with nullcontext() if compute is None else spend(compute, meter=outer.meter if outer else None):
             if speculate is not None:
                 drafter = make_drafter(speculate, self.method, self.dial.low, compute=draft_compute, risk=draft_risk)
-                return draft_and_check(self.model, self.method, drafter, *args, **kwargs)
+                host = None
+                if kwargs.get("past_key_values") is None:
+                    host = self.draft_host(drafter, runtime, weights)
+                return draft_and_check(self.model, self.method, drafter, *args, host=host, **kwargs)
             return self._generate(args, kwargs, runtime, weights)
+
+    def draft_host(self, drafter: Drafter, runtime: str = "auto", weights: str = "auto") -> Host | None:
+        """Our own runtime for a generation in which `drafter` drafts; None where `transformers` has to run it.
+
+        Raises:
+            SettingError: no such setting; or `native` was asked for and cannot be had.
+        """
+        try:
+            if drafter.needs_cache:
+                raise Unsupported(f"the drafter {type(drafter).__name__}, which looks into the cache")
+            if stages := self.method.acts_at() & OWN_GENERATE:
+                raise Unsupported(f"drafts with a method at the stage {sorted(stages)[0]}")
+            native = self.runtime(runtime, weights, with_forms=True)
+            return None if native is None else NativeHost(native, self.settings)
+        except Unsupported as reason:
+            refuse(check_runtime(runtime), reason)
+            return None
 
     def _generate(self, args: tuple[Any, ...], kwargs: dict[str, Any], runtime: str, weights: str) -> Any:
         try:
-            native = self.runtime(runtime, weights)
+            native = self.runtime(runtime, weights, with_forms=True)
             if native is not None:
-                if stages := self.method.acts_at() & OWN_GENERATE:
+                stages = self.method.acts_at() & OWN_GENERATE
+                if stages and native.ahead is None:
                     raise Unsupported(f"generate with a method at the stage {sorted(stages)[0]}")
                 return generate(self.model, native, self.settings, args, kwargs)
         except Unsupported as reason:
@@ -147,8 +169,11 @@ class Adapted(nn.Module):
             kwargs = kwargs | {"past_key_values": self.method.make_cache(self.model)}
         return self.model.generate(*args, **kwargs)
 
-    def runtime(self, runtime: str = "auto", weights: str = "auto") -> Runtime | None:
+    def runtime(self, runtime: str = "auto", weights: str = "auto", *, with_forms: bool = False) -> Runtime | None:
         """Our own runtime on this model, made when first asked for; None where `transformers` has to run it.
+
+        Args:
+            with_forms: the caller goes through `Batch`, which keeps the cache that the method asks for.
 
         Raises:
             SettingError: no such setting; or `native` was asked for and cannot be had.
@@ -158,22 +183,45 @@ class Adapted(nn.Module):
             format = check_format(weights, self.dtype)
             if runtime == "stock":
                 return None
-            if stages := self.method.acts_at() - KNOWN_STAGES:
+            stages = self.method.acts_at() - KNOWN_STAGES
+            if with_forms and self.method.cache_form() is not None and self.method.draft_form() is not None:
+                stages -= FORMED_STAGES
+            if stages:
                 raise Unsupported(f"a method at the stage {sorted(stages)[0]}")
             if (spending := current_spending()) is not None and spending.override is not None:
                 raise Unsupported("an override of the routers")
             if runtime == "auto" and library() is None:
                 raise Unsupported("this machine: there is no native code for it")
             found = self._runtimes.get(format)
-            if found is not None and not found.fits(self.model, self.hook_ids):
+            if found is not None and not found.fits(self.model):
                 self._runtimes.clear()  # the weights changed: all formats hold old ones
                 found = None
             if found is None:
-                found = self._runtimes[format] = Runtime(self.model, format, self.hook_ids)
+                found = self._runtimes[format] = self.new_runtime(format)
             return found
         except Unsupported as reason:
             refuse(runtime, reason)
             return None
+
+    def new_runtime(self, format: str) -> Runtime:
+        """Our own runtime on this model in a weight format, whatever there is already.
+
+        Raises:
+            Unsupported: there can be none.
+        """
+        method = self.method
+        return Runtime(
+            self.model,
+            format,
+            self.hook_ids,
+            cache_form=method.cache_form(),
+            draft_form=method.draft_form(),
+            ahead=method.runtime_prefill(self.model),
+        )
+
+    def reads_prompts_on(self, runtime: Runtime) -> bool:
+        """Whether the runtime reads prompts as the method does; else the method reads them itself."""
+        return runtime.ahead is not None or "prefill" not in self.method.acts_at()
 
     def detach(self) -> PreTrainedModel:
         """Take the method and the hooks off and return the host. This object is of no use afterwards."""

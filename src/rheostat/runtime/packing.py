@@ -14,7 +14,7 @@ import torch
 from rheostat.errors import SettingError, bad_setting
 from rheostat.kernels import FORMATS, pack
 from rheostat.runtime.building import Unsupported
-from rheostat.runtime.weights import DecoderWeights, FFNWeights, LayerWeights, Matrix
+from rheostat.runtime.weights import DecoderWeights, DraftForm, FFNWeights, LayerWeights, Matrix, PredictedLayers
 
 AUTO = "auto"
 
@@ -64,6 +64,33 @@ def decode_form(weights: DecoderWeights, format: str, *, is_packed: bool = True)
     return found
 
 
+def draft_form(
+    weights: DecoderWeights, decode: DecoderWeights, form: DraftForm, *, is_packed: bool = True
+) -> DecoderWeights:
+    """The decoder as a draft reads it: what `form` names in 4 bits, the rest shared with the decode form.
+
+    Raises:
+        Unsupported: the weights cannot be held in 4 bits.
+    """
+    check_edges(weights.layers[0].ffn.sizes, "int4")
+    places = {"ffn": ("gate", "up", "downs"), "attention": ("q", "k", "v", "o")}
+    named = {name for place in form.places for name in places.get(place, ())}
+
+    def convert(matrix: Matrix) -> Matrix:
+        packed = pack(matrix, "int4", GROUP)
+        return packed if is_packed else packed.unpack()
+
+    layers = []
+    for full, other in zip(weights.layers, decode.layers, strict=True):
+        own = {name: convert(getattr(full, name)) for name in places["attention"] if name in named}
+        ffn = {name: convert(getattr(full.ffn, name)) for name in ("gate", "up") if name in named}
+        if "downs" in named:
+            ffn["downs"] = tuple(convert(down) for down in full.ffn.downs)
+        layers.append(replace(other, **own, ffn=replace(other.ffn, **ffn)))
+    head = convert(weights.head) if "head" in form.places else decode.head
+    return replace(decode, layers=tuple(layers), head=head)
+
+
 def check_edges(sizes: tuple[int, ...], format: str) -> None:
     """Refuse experts whose edge lies inside a group of channels that share a scale.
 
@@ -79,6 +106,18 @@ def prefill_form(weights: DecoderWeights, dtype: torch.dtype) -> DecoderWeights:
     one token a row, stays as it is."""
     layers = tuple(_mapped_layer(layer, lambda matrix: matrix.to(dtype)) for layer in weights.layers)
     return replace(weights, layers=layers)
+
+
+def ahead_form(layers: PredictedLayers, dtype: torch.dtype) -> PredictedLayers:
+    """Maps with their matrices in `dtype`; those that are already are not copied."""
+    squeeze = None if layers.squeeze is None else layers.squeeze.to(dtype)
+    return replace(layers, squeeze=squeeze, maps=tuple(one.to(dtype) for one in layers.maps))
+
+
+def ahead_bytes(layers: PredictedLayers, others: PredictedLayers) -> int:
+    """Bytes of the matrices of `layers` that are not those of `others`."""
+    pairs = zip(layers.matrices, others.matrices, strict=True)
+    return sum(one.nbytes for one, other in pairs if _place(one) != _place(other))
 
 
 def prefill_dtype(format: str) -> torch.dtype:

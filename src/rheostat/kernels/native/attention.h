@@ -174,16 +174,17 @@ INLINE int num_stretches(int num_rows, const Attention& a, int longest, int num_
     return std::max(1, std::min(wanted, fit));
 }
 
-// Joins the stretches of one head of one row into out [d].
-static void join(const Attention& a, float* scratch, int b, int head, int stretches, float* out) {
+// Joins the stretches of one head of one row into out [d]; the first `count` of them, where not all are used.
+static void join(const Attention& a, float* scratch, int b, int head, int stretches, float* out, int count = -1) {
     const int group = a.num_heads / a.num_kv_heads, k = head / group, g = head % group;
     const int d = a.head_dim, wide = round_up(d, kLanes);
     const int64_t first = ((int64_t)b * a.num_kv_heads + k) * stretches;
     float top = -INFINITY, total = 0;
-    for (int s = 0; s < stretches; s++) top = std::max(top, piece_at(scratch, first + s, group, d).top[g]);
+    if (count < 0) count = stretches;
+    for (int s = 0; s < count; s++) top = std::max(top, piece_at(scratch, first + s, group, d).top[g]);
     for (int i = 0; i < d; i++) out[i] = 0;
     if (top == -INFINITY) return;  // no slots: nothing to attend to
-    for (int s = 0; s < stretches; s++) {
+    for (int s = 0; s < count; s++) {
         Piece p = piece_at(scratch, first + s, group, d);
         if (p.total[g] == 0) continue;
         const float share = expf(p.top[g] - top);

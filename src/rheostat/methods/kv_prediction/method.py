@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -11,11 +12,12 @@ from weakref import WeakKeyDictionary
 import torch
 
 from rheostat import families
-from rheostat.cost import Cost, dense_cost
+from rheostat.cost import Cost, dense_cost, prediction_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
 from rheostat.methods.base import Method, Progress, no_progress
 from rheostat.methods.kv_prediction import auxiliary, fitting, predictor, prefix, reading, training
+from rheostat.runtime.weights import ReadAhead
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -235,10 +237,10 @@ class KVPrediction(Method):
         depths = [d for d in self.layer_counts(geometry.num_layers) if self._share(geometry, d) <= compute]
         if compute == 1.0 or early <= 0 or not depths or (self.has_own_auxiliary and past):
             return dense_cost(geometry, num_tokens=num_tokens, past=past, num_logits=num_logits, itemsize=itemsize)
-        first = self._small(geometry) if self.has_own_auxiliary else predictor.part_of(geometry, depths[0])
+        first = self._small(geometry) if self.has_own_auxiliary else geometry.first_layers(depths[0])
         weights = self._map_weights(geometry, depths[0])
         ahead = dense_cost(first, num_tokens=early, past=past, num_logits=0, itemsize=itemsize).charged_to("auxiliary")
-        ahead += reading.predictor_cost(geometry, depths[0], weights, early, itemsize)
+        ahead += prediction_cost(geometry, geometry.num_layers - depths[0], weights, early, itemsize)
         return ahead + dense_cost(
             geometry, num_tokens=self.exact_tokens, past=past + early, num_logits=num_logits, itemsize=itemsize
         )
@@ -250,6 +252,19 @@ class KVPrediction(Method):
     ) -> torch.Tensor:
         """The prompt through the auxiliary at the depth the dial asks for, its last tokens through the model."""
         return reading.prefill(model, input_ids, attention_mask, cache, key=self.name, num_exact=self.exact_tokens)
+
+    def runtime_prefill(self, model: PreTrainedModel) -> ReadAhead | None:
+        """The model's own first layers and the maps; an auxiliary of its own reads on `transformers`."""
+        if self.has_own_auxiliary:
+            return None
+        held = predictor.predictors(model).values()
+        return ReadAhead(
+            key=self.name,
+            num_exact=self.exact_tokens,
+            layers={one.depth: one.runtime_maps() for one in held if isinstance(one, predictor.Predictor)},
+            depth_at=partial(reading.depth_for, model),
+            hook_ids=frozenset(handle.id for handle in _handles[model]),
+        )
 
     # -- saving
 
