@@ -85,7 +85,7 @@ def read_ahead(
     for start, stop in pairwise([*sorted({0, *maps.reads, maps.depth}), maps.depth]):
         if start in maps.reads:
             x = rms_norm(h, weights.layers[start].input_norm, weights.eps)
-            features.append(x.to(dense(weights.layers[start].o).dtype))
+            features.append(x.to(dense(maps.maps[0]).dtype))
         experts += run_layers(weights, range(start, stop), h, prompt, cache, settings, rope) or []
     _predict(weights, maps, torch.cat(features, -1), prompt, pieces, cache, rope)
     return h[pieces.is_late], experts or None

@@ -149,6 +149,8 @@ class DecoderWeights:
     activation: str
     """One of `ACTIVATIONS`."""
     max_positions: int
+    reader: Any = None
+    """Takes prompts through the layers natively (`kernels.NativeReader`); None: plain PyTorch does."""
 
     @property
     def hidden_size(self) -> int:

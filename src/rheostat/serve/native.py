@@ -150,14 +150,14 @@ class NativeBackend:
         self.runtime.biller.prefill(join.rows[0].meter, tally, mask, [length], experts)
 
     def _read_by_method(self, one: Join) -> None:
-        """A prompt that a method reads its own way; we go on from its cache."""
+        """A prompt that a method reads its own way, on our runtime or by itself; we go on from its cache."""
         adapted, first = self.adapted, one.rows[0]
         ids = torch.tensor([first.prompt])
         with spend(one.compute, meter=first.meter):
-            if self.runtime.ahead is not None:
+            if adapted.reads_prompts_on(self.runtime):
                 batch = Batch.read(self.runtime, ids, None, adapted.settings("prefill", 1))
-                keys, values = (held[:, 0, :, : len(first.prompt)] for held in (batch.cache.keys, batch.cache.values))
-                logits = batch.logits
+                logits, length = batch.logits, ids.shape[1]
+                keys, values = (held[:, 0, :, :length] for held in (batch.cache.keys, batch.cache.values))
             else:
                 cache = adapted.method.make_cache(adapted.model)
                 logits = adapted.method.prefill(adapted.model, ids, torch.ones_like(ids), cache).float()
