@@ -73,7 +73,7 @@ class NativeSide(Side):
         used, dense = prefill.cost + decode.cost, prefill.dense + decode.dense
         runtime = self.runtime
         return Spent(
-            self._held(prefill.cost, replace(runtime.prefill_weights, head=runtime.weights.head)),
+            self._held(prefill.cost, runtime.prefill_weights),
             self._held(decode.cost, runtime.decode_weights),
             num_steps,
             used.flops.flat / dense.flops.flat,
