@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from rheostat.caches.hierarchical import saved_bytes
+from rheostat.caches.counting import saved_bytes
 from rheostat.geometry import Geometry
 from rheostat.kernels import NativeDecoder, library, reads_prompts
 from rheostat.meter import Meter
@@ -154,7 +154,7 @@ class Runtime:
             if setting is not None:
                 setting = setting.masked_fill(prompt.positions == 0, 0)  # first tokens of texts, as in `run_layers`
             last = (prompt.token_ids, prompt.positions, cache.above(depth), setting, self.rope)
-            logits, experts = plain.step(weights, *last, h) if native is None else native(*last, hidden=h)
+            logits, experts = plain.step(weights, *last, hidden=h) if native is None else native(*last, hidden=h)
             routed = [place for place, layer in enumerate(weights.layers) if layer.ffn.router is not None]
             if experts is None and setting is not None:  # none but first tokens
                 experts = torch.stack(

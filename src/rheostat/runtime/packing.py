@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -84,7 +85,7 @@ def draft_form(
     layers = []
     for full, other in zip(weights.layers, decode.layers, strict=True):
         own = {name: convert(getattr(full, name)) for name in places["attention"] if name in named}
-        ffn = {name: convert(getattr(full.ffn, name)) for name in ("gate", "up") if name in named}
+        ffn: dict[str, Any] = {name: convert(getattr(full.ffn, name)) for name in ("gate", "up") if name in named}
         if "downs" in named:
             ffn["downs"] = tuple(convert(down) for down in full.ffn.downs)
         layers.append(replace(other, **own, ffn=replace(other.ffn, **ffn)))
@@ -124,15 +125,16 @@ def native_prefill_form(
 
 
 def ahead_form(layers: PredictedLayers, dtype: torch.dtype) -> PredictedLayers:
-    """Maps with their matrices in `dtype`; those that are already are not copied."""
+    """Maps with their matrices in `dtype`, those of all layers one below the other, for a single product."""
     squeeze = None if layers.squeeze is None else layers.squeeze.to(dtype)
-    return replace(layers, squeeze=squeeze, maps=tuple(one.to(dtype) for one in layers.maps))
+    maps, biases, firsts = (torch.cat(list(one)) for one in (layers.maps, layers.biases, layers.firsts))
+    return replace(layers, squeeze=squeeze, maps=(maps.to(dtype),), biases=(biases.to(dtype),), firsts=(firsts,))
 
 
 def ahead_bytes(layers: PredictedLayers, others: PredictedLayers) -> int:
     """Bytes of the matrices of `layers` that are not those of `others`."""
-    pairs = zip(layers.matrices, others.matrices, strict=True)
-    return sum(one.nbytes for one, other in pairs if _place(one) != _place(other))
+    shared = {_place(one) for one in others.matrices}
+    return sum(one.nbytes for one in layers.matrices if _place(one) not in shared)
 
 
 def prefill_dtype(format: str) -> torch.dtype:
