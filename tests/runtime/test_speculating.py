@@ -248,8 +248,12 @@ def test_a_draft_in_4_bits_of_a_slice_is_billed_as_the_slice():
                 )
             read = meter.side_bytes["ffn"]  # in full bits, what 4-bit copies exist of
             others = sum(n for part, n in meter.side_bytes.items() if part not in ("ffn", "scores", "draft"))
-            assert 0 < meter.cost.bytes.draft - others - read * 5 // 32 <= meter.cost.bytes.draft
-            assert meter.cost.bytes.draft >= others
+            own = meter.cost.bytes.draft - others - read * 5 // 32  # re-fitted projections, of which stock has no copy
+            if runtime == "stock" and compute < 1:
+                assert own > 0
+            else:
+                assert abs(own) <= meter.speculation.num_rounds  # bytes are whole numbers
+            assert 0 < read <= 393216
 
 
 def test_what_looks_into_the_cache_runs_on_transformers():
