@@ -6,14 +6,15 @@ lower it, and to both with a bound on the wait in the queue.
 
     python benchmarks/serve_adaptive.py smol-dial --out adaptive.json
 
-A request that is not answered when the arrivals end counts with the time that it has waited until then, so that a
-figure for a queue that only grows is a lower bound. Loopback only.
+A request that has no first token when the arrivals end counts with the time that it has waited until then, so that
+a figure for a queue that only grows is a lower bound. Loopback only.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import time
@@ -36,8 +37,7 @@ THIRDS = 3
 
 async def open_loop(base: str, requests: Sequence[Request], rate: float, seconds: float) -> list[Answer]:
     """Requests at random times, `rate` a second; those not done by the end are cut off with status -1."""
-    draw, tasks = random.Random(1), []
-    arrivals = []
+    draw, tasks, arrivals, partly = random.Random(1), [], [], []
     loop_start = time.perf_counter()
     async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as client:
         for one in requests:
@@ -45,11 +45,13 @@ async def open_loop(base: str, requests: Sequence[Request], rate: float, seconds
             if arrivals[-1] > seconds:
                 break
             await asyncio.sleep(max(0.0, loop_start + arrivals[-1] - time.perf_counter()))
-            tasks.append(asyncio.create_task(serving.ask(client, base, "dial", one, {"stream_options": USAGE})))
+            partly.append(Answer(-1))
+            asked = serving.ask(client, base, "dial", one, {"stream_options": USAGE}, partly[-1])
+            tasks.append(asyncio.create_task(asked))
         await asyncio.sleep(max(0.0, loop_start + seconds - time.perf_counter()))
         found = []
-        for arrival, task in zip(arrivals, tasks, strict=False):
-            answer = task.result() if task.done() else Answer(-1, times=[seconds - arrival])
+        for arrival, task, part in zip(arrivals, tasks, partly, strict=False):
+            answer = task.result() if task.done() else Answer(-1, times=part.times or [seconds - arrival])
             answer.sent = arrival
             found.append(answer)
             task.cancel()
@@ -90,7 +92,7 @@ def ratio_at(points: Sequence[dict[str, float]], compute: float) -> float:
     ordered = sorted((point["compute"], point["ratio"]) for point in points)
     if compute <= ordered[0][0]:
         return ordered[0][1]
-    for (low, low_ratio), (high, high_ratio) in zip(ordered, ordered[1:], strict=False):
+    for (low, low_ratio), (high, high_ratio) in itertools.pairwise(ordered):
         if compute <= high:
             return low_ratio + (high_ratio - low_ratio) * (compute - low) / (high - low)
     return ordered[-1][1]

@@ -75,12 +75,19 @@ def plan(num: int, dials: Sequence[float], tokens: tuple[int, int], leave: float
     return found
 
 
-async def ask(client: httpx.AsyncClient, base: str, model: str, one: Request, fields: dict[str, Any]) -> Answer:
-    """One chat, streamed and greedy."""
+async def ask(
+    client: httpx.AsyncClient,
+    base: str,
+    model: str,
+    one: Request,
+    fields: dict[str, Any],
+    found: Answer | None = None,
+) -> Answer:
+    """One chat, streamed and greedy. `found` is filled as it comes, for those who do not wait for the end."""
     body = {"model": model, "messages": [{"role": "user", "content": one.prompt}], "max_tokens": one.tokens}
     body |= {"temperature": 0, "stream": True, **fields}
-    found = Answer(200, times=[])
-    assert found.times is not None
+    found = found or Answer(200)
+    found.times = []
     is_done = False
     started = time.perf_counter()
     async with client.stream("POST", f"{base}/v1/chat/completions", json=body) as answer:

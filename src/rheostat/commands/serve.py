@@ -66,6 +66,9 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         SettingError: a setting is out of range, or the extra is not installed.
     """
+    # Torch's threads would spin for a while after each operation, on cores that our own kernels need; it looks at
+    # this when it is loaded, which nobody has done yet where this is the command of a process of its own.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     check_extra()
     _check(config)
     from rheostat.serve import logs

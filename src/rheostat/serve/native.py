@@ -11,7 +11,7 @@ from rheostat.adapted import Adapted
 from rheostat.runtime import plain
 from rheostat.runtime.billing import Tally
 from rheostat.runtime.cache import KVCache
-from rheostat.runtime.engine import Runtime, keys_and_values
+from rheostat.runtime.engine import Batch, Runtime, keys_and_values
 from rheostat.runtime.prefill import Prompt, prefill
 from rheostat.serve.backend import Join, Row
 from rheostat.serve.row_cache import RowCache
@@ -150,14 +150,19 @@ class NativeBackend:
         self.runtime.biller.prefill(join.rows[0].meter, tally, mask, [length], experts)
 
     def _read_by_method(self, one: Join) -> None:
-        """A prompt that a method reads its own way; we go on from its cache."""
+        """A prompt that a method reads its own way, on our runtime or by itself; we go on from its cache."""
         adapted, first = self.adapted, one.rows[0]
         ids = torch.tensor([first.prompt])
-        cache = adapted.method.make_cache(adapted.model)
         with spend(one.compute, meter=first.meter):
-            logits = adapted.method.prefill(adapted.model, ids, torch.ones_like(ids), cache).float()
-        pairs = keys_and_values(cache, len(first.prompt))
-        keys, values = (torch.stack([pair[k][0] for pair in pairs]) for k in (0, 1))  # [L, K, S, d]
+            if adapted.reads_prompts_on(self.runtime):
+                batch = Batch.read(self.runtime, ids, None, adapted.settings("prefill", 1))
+                logits, length = batch.logits, ids.shape[1]
+                keys, values = (held[:, 0, :, :length] for held in (batch.cache.keys, batch.cache.values))
+            else:
+                cache = adapted.method.make_cache(adapted.model)
+                logits = adapted.method.prefill(adapted.model, ids, torch.ones_like(ids), cache).float()
+                pairs = keys_and_values(cache, len(first.prompt))
+                keys, values = (torch.stack([pair[k][0] for pair in pairs]) for k in (0, 1))  # [L, K, S, d]
         tally = Tally()
         for row in one.rows:
             self.cache.append(keys, values)

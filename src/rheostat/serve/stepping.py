@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 
-import numpy as np
 import torch
 
-from rheostat.sampling import sample
+from rheostat.sampling import most_likely, sample
 from rheostat.serve.adaptive import lowered
 from rheostat.serve.backend import Backend
 from rheostat.serve.desk import Desk
@@ -63,10 +62,8 @@ class Stepper:
                 self.desk.end_line(one, line, "length")
 
     def _choose(self, job: Job, line: Line) -> int:
-        # Not by torch, which would wake a thread for so many numbers: it then spins, on a core that the step needs.
-        logits = line.row.logits.numpy()
-        best = int(logits.argmax())  # of what is not a number, the first
-        if not logits[best] > -np.inf:
+        best = int(most_likely(line.row.logits))  # of what is not a number, the first
+        if not float(line.row.logits[best]) > float("-inf"):
             raise FloatingPointError("logits that are not numbers")
         if job.sampling.temperature == 0:
             return best
