@@ -22,8 +22,9 @@ from rheostat.runtime.generating import generate
 from rheostat.runtime.packing import check_format
 from rheostat.runtime.speculating import NativeHost
 from rheostat.speculate.drafter import Drafter, Host
+from rheostat.speculate.generating import DRAFT_LENGTH, make_drafter
 from rheostat.speculate.generating import generate as draft_and_check
-from rheostat.speculate.generating import make_drafter
+from rheostat.speculate.pacing import Pace
 from rheostat.spending import (
     Compute,
     current_spending,
@@ -132,6 +133,7 @@ class Adapted(nn.Module):
         with nullcontext() if compute is None else spend(compute, meter=outer.meter if outer else None):
             if speculate is not None:
                 drafter = make_drafter(speculate, self.method, self.dial.low, compute=draft_compute, risk=draft_risk)
+                Pace.of(kwargs.get("draft_length", DRAFT_LENGTH))  # before anything is packed or read
                 host = None
                 if kwargs.get("past_key_values") is None:
                     host = self.draft_host(drafter, runtime, weights)
@@ -147,9 +149,9 @@ class Adapted(nn.Module):
         try:
             if drafter.needs_cache:
                 raise Unsupported(f"the drafter {type(drafter).__name__}, which looks into the cache")
-            if stages := self.method.acts_at() & OWN_GENERATE:
-                raise Unsupported(f"drafts with a method at the stage {sorted(stages)[0]}")
             native = self.runtime(runtime, weights, with_forms=True)
+            if native is not None and not self.reads_prompts_on(native):
+                raise Unsupported("drafts with a method that reads prompts itself")
             return None if native is None else NativeHost(native, self.settings)
         except Unsupported as reason:
             refuse(check_runtime(runtime), reason)

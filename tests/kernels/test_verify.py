@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rheostat import kernels
+from rheostat.caches.counting import saved_bytes
 from rheostat.errors import SettingError
 from rheostat.kernels import FORMATS, NativeDecoder
 from rheostat.runtime import plain
@@ -13,6 +14,7 @@ from rheostat.runtime.cache import KVCache
 from rheostat.runtime.planes import PlaneCache
 from rheostat.runtime.rope import RopeTable
 from rheostat.runtime.weights import DecoderWeights
+from tests import tiny
 from tests.kernels.cases import TOLERANCE, distance
 from tests.kernels.test_decoder import FAMILIES, packed, routed
 from tests.tiny import VOCAB, tiny_model
@@ -123,6 +125,28 @@ def test_behind_a_body_in_planes(groups, bits, dtype):
     tolerance = 4e-6 if dtype == torch.float32 else 2e-3
     lengths = (40, 9, 700, 33)
     check(packed(tiny_model(), "fp32"), lengths, COUNTS, groups=groups, bits=bits, dtype=dtype, tolerance=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dim", "groups"), [(64, (32, 32)), (64, (128, 16)), (80, (48, 16)), (128, (128, 0)), (20, (24, 0))]
+)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_heads_and_groups_of_other_widths(monkeypatch, dim, groups, bits):
+    monkeypatch.setitem(tiny.SIZES, "head_dim", dim)
+    check(packed(tiny_model("qwen3"), "fp32"), (300, 9, 261, 33), COUNTS, groups=groups, bits=bits, tolerance=4e-6)
+
+
+def test_a_body_reads_the_bytes_that_the_cost_model_says():
+    cache = filled(packed(tiny_model(), "fp32"), (130, 20, 70), torch.float16)
+    cache.starts.zero_()
+    layers, _, heads, _, dim = cache.keys.shape
+    planes = PlaneCache.of(cache, 16)
+    full = 2 * layers * heads * dim * 2 * int(planes.body.lengths.sum())
+    block = 2 * 16 * 16 // 2  # nibbles of a group of 16 tokens: heads of 8 channels take the room of 16
+    for bits in (8, 4):
+        saved = layers * sum(saved_bytes(n, heads, dim, (16, dim), bits, 2) for n in planes.body.lengths.tolist())
+        padding = layers * heads * int(planes.body.groups.sum()) * (block - 2 * 16 * dim // 2) * (bits // 4)
+        assert planes.body.read_bytes(bits) == full - saved + padding
 
 
 def test_numbers_of_tokens_that_do_not_add_up_are_refused():

@@ -138,12 +138,11 @@ def test_other_formats_are_near_and_their_bytes_are_counted(format):
     runtime = adapted.runtime("native", format)
     near = Batch.read(runtime, IDS, MASK, settings)
     assert 0 < float((near.logits - exact.logits).norm() / exact.logits.norm()) < 0.15
-    with_maps = runtime.nbytes["prefill"]
+    held, maps = runtime.nbytes["prefill"], runtime.ahead.layers[1]
+    itemsize = runtime.maps(1).squeeze.element_size()
     runtime._maps.clear()
-    maps = runtime.ahead.layers[1]
-    assert with_maps - runtime.nbytes["prefill"] == (
-        2 * maps.num_weights if runtime.maps(1).maps[0].element_size() == 2 else 0
-    )
+    shared = maps.squeeze.numel() if itemsize == 4 else 0
+    assert held - runtime.nbytes["prefill"] == itemsize * (maps.num_weights - shared)
 
 
 def test_pieces():

@@ -17,6 +17,7 @@ from rheostat.speculate.lookup import PromptLookup
 from rheostat.speculate.loop import Ending, speculate
 from rheostat.speculate.second import SecondModel
 from rheostat.spending import spend
+from tests.methods.kv_prediction.given import given
 from tests.speculate.test_loop import LENGTHS, MASK, PROMPTS, text_of
 from tests.tiny import tiny_adapted, tiny_model
 
@@ -186,6 +187,69 @@ def test_ends_inside_a_draft():
     ending = Ending(max_new_tokens=NEW, eos_token_ids=(end,))
     rounds = drafted(adapted, PROMPTS[:1], MASK[:1], SelfDrafter(), draft_length=6, ending=ending)
     assert text_of(rounds) == [wanted[:stop]]
+
+
+@pytest.mark.parametrize("with_planes", [False, True])
+def test_drafts_after_a_predicted_prompt(with_planes):
+    """Reading ahead, a cache in planes and drafts go together, on both runtimes."""
+    adapted = given("qwen3")
+    if with_planes:
+        planes = QuantSpec(group_size=G, weight_group_size=8)
+        planes.attach(adapted.model)
+        adapted.method = Chain([adapted.method, planes])
+    compute = {"prefill": adapted.dial.low}
+    texts = {}
+    for runtime in ("native", "stock"):
+        kwargs = {"attention_mask": MASK, "max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+        for speculate_by in (None, "prompt_lookup", *(["self"] if with_planes else [])):
+            with spend(compute) as meter:
+                out = adapted.generate(PROMPTS, runtime=runtime, speculate=speculate_by, **kwargs)
+            texts[runtime, speculate_by] = out.tolist()
+            assert meter.num_side_tokens["auxiliary"] > 0
+    assert len({str(text) for text in texts.values()}) == 1
+    if with_planes:
+        adapted.method.methods[1].detach(adapted.model)
+
+
+@pytest.mark.parametrize("length", [0, 65, -1, True, 2.5, "some"])
+def test_a_bad_draft_length_is_one_clear_line(length):
+    adapted = Adapted(tiny_model("qwen3"))
+    with pytest.raises(SettingError, match="draft_length=.*an integer from 1 to 64, or auto"):
+        adapted.generate(PROMPTS[:1], speculate="prompt_lookup", draft_length=length)
+    assert not adapted._runtimes  # before anything was packed
+
+
+def test_groups_that_do_not_fit_the_kernels_go_to_transformers():
+    adapted = Adapted(tiny_model("qwen3"), QuantSpec(group_size=G, value_group_size=4, weight_group_size=8))
+    assert adapted.draft_host(PromptLookup()) is None
+    with pytest.raises(SettingError, match="value_group_size=4"):
+        adapted.draft_host(PromptLookup(), "native")
+    for settings, message in (({"group_size": 0}, "group_size=0"), ({"value_group_size": 3}, "divisor of the head")):
+        with pytest.raises(SettingError, match=message):
+            Adapted(tiny_model("qwen3"), QuantSpec(weight_group_size=8, **settings))
+
+
+def test_a_draft_in_4_bits_of_a_slice_is_billed_as_the_slice():
+    """A dial below 1 reads less of the FFN, and 4 bits of that: the credit shrinks with it, on both runtimes."""
+    adapted = tiny_adapted("qwen3", tile=32)
+    method = QuantSpec(group_size=G, weight_group_size=32, draft_weights=("ffn",))
+    method.attach(adapted.model)
+    adapted.method = Chain([adapted.method, method])
+    for runtime in ("native", "stock"):
+        for compute in (1.0, adapted.dial.low):
+            with spend(compute) as meter:
+                adapted.generate(
+                    PROMPTS[:1],
+                    speculate="self",
+                    runtime=runtime,
+                    max_new_tokens=12,
+                    do_sample=False,
+                    eos_token_id=None,
+                )
+            read = meter.side_bytes["ffn"]  # in full bits, what 4-bit copies exist of
+            others = sum(n for part, n in meter.side_bytes.items() if part not in ("ffn", "scores", "draft"))
+            assert 0 < meter.cost.bytes.draft - others - read * 5 // 32 <= meter.cost.bytes.draft
+            assert meter.cost.bytes.draft >= others
 
 
 def test_what_looks_into_the_cache_runs_on_transformers():

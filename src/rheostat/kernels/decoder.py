@@ -11,9 +11,8 @@ from torch import nn
 
 from rheostat.errors import bad_setting
 from rheostat.kernels import structs
-from rheostat.kernels.packed import CMatrix, PackedMatrix, pack
-
-RULES = ("damage", "confidence")
+from rheostat.kernels.layers import describe_layer, packed
+from rheostat.kernels.packed import PackedMatrix
 
 MAX_ROWS = 2048
 """Tokens of one step; more are for matrix products."""
@@ -35,10 +34,10 @@ class NativeDecoder:
             SettingError: something the native step cannot do.
         """
         self._library, self._weights, self._keep = library, weights, structs.Keep()
-        head = _packed("head", weights.head)
+        head = packed("head", weights.head)
         self._attention = (weights.num_heads, weights.num_kv_heads, weights.head_dim)
         structs.check_attention(*self._attention, torch.float32)
-        layers = [self._layer(layer) for layer in weights.layers]
+        layers = [describe_layer(self._keep, layer, weights.activation) for layer in weights.layers]
         self._shape = {
             "layers": self._keep.array(structs.CLayer, layers),
             "num_layers": len(layers),
@@ -147,47 +146,6 @@ class NativeDecoder:
         if settings is not None and settings.shape != (num_rows,):
             raise bad_setting("settings", tuple(settings.shape), f"one number a row: {num_rows}")
         return num_rows
-
-    def _layer(self, layer: Any) -> structs.CLayer:
-        keep, ffn = self._keep, layer.ffn
-        heads = {name: _packed(name, getattr(layer, name)) for name in ("q", "k", "v", "o")}
-        if len({(one.format, one.group) for name, one in heads.items() if name != "o"}) > 1:
-            raise bad_setting("q, k, v", {name: one.format for name, one in heads.items()}, "of one format")
-        gate, up = _packed("gate", ffn.gate), _packed("up", ffn.up)
-        downs = [_packed("down", down) for down in ffn.downs]
-        names = ("q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm")
-        return structs.CLayer(
-            keep.floats(layer.input_norm),
-            keep.floats(layer.post_norm),
-            *(keep.matrix(one) for one in heads.values()),
-            *(keep.floats(getattr(layer, name)) for name in names),
-            structs.make_ffn(keep, gate, up, downs, ffn.down_biases, ffn.sizes, self._weights.activation),
-            self._router(ffn.router),
-            int(layer.has_rope),
-            layer.window,
-        )
-
-    def _router(self, router: Any) -> structs.CRouter:
-        if router is None:
-            return structs.CRouter(CMatrix(), None, None, None, 0, 0, 0)
-        if router.rule not in RULES:
-            raise bad_setting("rule", router.rule, f"one of {', '.join(RULES)}")
-        keep = self._keep
-        return structs.CRouter(
-            keep.matrix(pack(router.inner, "fp32")),
-            keep.floats(router.inner_bias),
-            keep.floats(router.outer),
-            keep.floats(router.outer_bias),
-            router.inner.shape[0],
-            router.outer.shape[0],
-            int(router.rule == "confidence"),
-        )
-
-
-def _packed(name: str, matrix: Any) -> PackedMatrix:
-    if not isinstance(matrix, PackedMatrix):
-        raise bad_setting(name, type(matrix).__name__, "a packed matrix")
-    return matrix
 
 
 def _embed(embedding: Any, token_ids: torch.Tensor) -> torch.Tensor:

@@ -149,6 +149,29 @@ class CStep(ctypes.Structure):
     )
 
 
+class CReading(ctypes.Structure):
+    """`Reading` of native/reader.h."""
+
+    _fields_ = (
+        ("hidden", _pointer),
+        ("positions", _pointer),
+        ("settings", _pointer),
+        ("lengths", _pointer),
+        ("pasts", _pointer),
+        ("rows", _pointer),
+        ("keys", _pointer),
+        ("values", _pointer),
+        ("layer_stride", _long),
+        ("cos", _pointer),
+        ("sin", _pointer),
+        ("experts", _pointer),
+        ("num_rows", _int),
+        ("num_tokens", _int),
+        ("first_layer", _int),
+        ("last_layer", _int),
+    )
+
+
 class Keep:
     """Holds on to what structures point at."""
 

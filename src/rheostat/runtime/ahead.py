@@ -85,7 +85,7 @@ def read_ahead(
     for start, stop in pairwise([*sorted({0, *maps.reads, maps.depth}), maps.depth]):
         if start in maps.reads:
             x = rms_norm(h, weights.layers[start].input_norm, weights.eps)
-            features.append(x.to(dense(weights.layers[start].o).dtype))
+            features.append(x.to(dense(maps.maps[0]).dtype))
         experts += run_layers(weights, range(start, stop), h, prompt, cache, settings, rope) or []
     _predict(weights, maps, torch.cat(features, -1), prompt, pieces, cache, rope)
     return h[pieces.is_late], experts or None
@@ -103,25 +103,21 @@ def _predict(
     """Write the early tokens' keys and values from the depth on, from features [N, X] of all tokens: leaving out the
     late ones would copy more than it saves."""
     mixed = features if maps.squeeze is None else linear(features, dense(maps.squeeze))  # [N, R]
-    angles = [one[None] for one in rope.at(prompt.positions)]
-    for index, layer in enumerate(weights.layers[maps.depth :]):
-        both = linear(mixed, dense(maps.maps[index]), maps.biases[index])
-        both[prompt.firsts] = maps.firsts[index].to(both.dtype)
-        keys, values = both.view(1, len(both), 2, -1, weights.head_dim).unbind(2)  # [1, N, K, d]
-        if layer.k_norm is not None:
-            keys = rms_norm(keys, layer.k_norm, weights.eps)
-        if layer.has_rope:
-            keys = rotate(keys, *angles)
-        _write(cache, maps.depth + index, keys[0], values[0], prompt, pieces)
-
-
-def _write(
-    cache: KVCache, place: int, keys: torch.Tensor, values: torch.Tensor, prompt: Prompt, pieces: Pieces
-) -> None:
-    """Keys and values [N, K, d] of the early tokens into one layer of the cache."""
+    parts = [linear(mixed, dense(one), bias) for one, bias in zip(maps.maps, maps.biases, strict=True)]
+    both = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    both[prompt.firsts] = torch.cat(maps.firsts).to(both.dtype)
+    layers = weights.layers[maps.depth :]
+    both = both.view(len(both), len(layers), 2, -1, weights.head_dim)
+    keys, values = both.unbind(2)  # [N, L - depth, K, d]
+    norms = [layer.k_norm for layer in layers if layer.k_norm is not None]
+    if norms:
+        keys = rms_norm(keys, torch.stack(norms)[:, None], weights.eps)
+    rotated = rotate(keys.flatten(1, 2)[None], *(one[None] for one in rope.at(prompt.positions))).view_as(keys)
+    is_rotated = torch.tensor([layer.has_rope for layer in layers])
+    keys = rotated if bool(is_rotated.all()) else torch.where(is_rotated[:, None, None], rotated, keys)
     start, early = 0, pieces.early
     for row, past, end, length in zip(early.rows, early.pasts, early.ends, prompt.lengths, strict=True):
         mine = slice(start, start + end - past)
-        cache.keys[place, row, :, past:end] = keys[mine].transpose(0, 1)
-        cache.values[place, row, :, past:end] = values[mine].transpose(0, 1)
+        cache.keys[maps.depth :, row, :, past:end] = keys[mine].permute(1, 2, 0, 3)
+        cache.values[maps.depth :, row, :, past:end] = values[mine].permute(1, 2, 0, 3)
         start += length

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from rheostat.caches.hierarchical import saved_bytes
+from rheostat.caches.counting import saved_bytes
 from rheostat.geometry import Geometry
-from rheostat.kernels import NativeDecoder, library
+from rheostat.kernels import NativeDecoder, library, reads_prompts
 from rheostat.meter import Meter
 from rheostat.runtime import packing, plain
 from rheostat.runtime.ahead import Pieces, read_ahead
@@ -154,7 +154,7 @@ class Runtime:
             if setting is not None:
                 setting = setting.masked_fill(prompt.positions == 0, 0)  # first tokens of texts, as in `run_layers`
             last = (prompt.token_ids, prompt.positions, cache.above(depth), setting, self.rope)
-            logits, experts = plain.step(weights, *last, h) if native is None else native(*last, hidden=h)
+            logits, experts = plain.step(weights, *last, hidden=h) if native is None else native(*last, hidden=h)
             routed = [place for place, layer in enumerate(weights.layers) if layer.ffn.router is not None]
             if experts is None and setting is not None:  # none but first tokens
                 experts = torch.stack(
@@ -165,7 +165,7 @@ class Runtime:
         chosen = run_layers(weights, range(depth, len(weights.layers)), h, prompt, cache, setting, self.rope)
         set_lengths(cache, prompt)
         hidden = rms_norm(h[prompt.lasts], weights.final_norm, weights.eps)
-        return plain.product(self.weights.head, hidden).float(), chosen
+        return plain.product(self.prefill_weights.head, hidden).float(), chosen
 
     def _tail(self, depth: int) -> tuple[DecoderWeights, NativeDecoder | None]:
         """The layers from `depth` on as decoding streams them."""
@@ -180,10 +180,16 @@ class Runtime:
     @property
     def prefill_weights(self) -> DecoderWeights:
         """As a prompt is read with; converted when first asked for."""
-        with self._lock:
-            if self._prefill is None:
-                self._prefill = packing.prefill_form(self.weights, packing.prefill_dtype(self.format))
-            return self._prefill
+        if self._prefill is None:
+            code = library() if self.format != "fp32" else None
+            is_native = code is not None and reads_prompts(code)
+            shared = self._decoder()[0] if is_native and self.format == "bf16" else None
+            with self._lock:
+                if self._prefill is None and is_native and code is not None:
+                    self._prefill = packing.native_prefill_form(self.weights, code, shared)
+                elif self._prefill is None:
+                    self._prefill = packing.prefill_form(self.weights, packing.prefill_dtype(self.format))
+        return self._prefill
 
     def maps(self, depth: int) -> PredictedLayers:
         """What predicts the layers from `depth` on, in the dtype that prompts are read in."""
@@ -208,12 +214,13 @@ class Runtime:
     def nbytes(self) -> dict[str, int]:
         """Bytes held now beyond the model's own weights, by phase."""
         decode, draft = (None if one is None else one[0] for one in (self._decode, self._draft))
-        forms = {"prefill": (self._prefill, self.weights), "decode": (decode, self.weights), "draft": (draft, decode)}
-        held = {
-            phase: 0 if form is None else packing.own_bytes(form, other or self.weights)
-            for phase, (form, other) in forms.items()
-            if form is not None or phase != "draft"
-        }
+        forms = {"decode": decode, "prefill": self._prefill, "draft": draft}
+        held: dict[str, int] = {}
+        counted = [self.weights]  # panels that two phases share are counted once
+        for phase, form in forms.items():
+            if form is not None or phase != "draft":
+                held[phase] = 0 if form is None else packing.own_bytes(form, *counted)
+            counted += [] if form is None else [form]
         if self.ahead is not None:
             own = (packing.ahead_bytes(one, self.ahead.layers[depth]) for depth, one in self._maps.items())
             held["prefill"] += sum(own)
@@ -305,7 +312,7 @@ class Batch:
             hidden, experts = prefill(runtime.prefill_weights, prompt, self.cache, setting, runtime.rope)
             if spending is not None:
                 runtime.biller.prefill(spending.meter, self._tally, prompt.valid, prompt.lengths, experts)
-            return plain.product(runtime.weights.head, hidden).float()
+            return plain.product(runtime.prefill_weights.head, hidden).float()
         pieces = Pieces.of(prompt, ahead.num_exact)
         maps, weights = runtime.maps(depth), runtime.prefill_weights
         h, below = read_ahead(weights, maps, prompt, pieces, self.cache, setting, runtime.rope)

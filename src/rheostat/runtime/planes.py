@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from rheostat.caches import planes
-from rheostat.caches.hierarchical import body_length
+from rheostat.caches.counting import body_length
 from rheostat.errors import SettingError, bad_setting
 from rheostat.runtime.building import Unsupported
 from rheostat.runtime.cache import KVCache

@@ -131,6 +131,9 @@ def run_layers(
     Returns:
         Experts [N] of each routed layer among these; None where no router was asked.
     """
+    if weights.reader is not None:
+        experts: list[torch.Tensor] | None = weights.reader(layers, h, prompt, cache, settings, rope)
+        return experts
     if settings is not None and not bool((settings > 0).any()):
         settings = None
     cache.reserve(max(prompt.ends))

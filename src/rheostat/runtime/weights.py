@@ -149,6 +149,8 @@ class DecoderWeights:
     activation: str
     """One of `ACTIVATIONS`."""
     max_positions: int
+    reader: Any = None
+    """Takes prompts through the layers natively (`kernels.NativeReader`); None: plain PyTorch does."""
 
     @property
     def hidden_size(self) -> int:
@@ -176,11 +178,12 @@ class PredictedLayers:
     squeeze: Matrix | None
     """[R, X], of all maps together; None where they read the X features themselves (R = X)."""
     maps: tuple[Matrix, ...]
-    """Of each layer from `depth` on, [2 K d, R]: keys as they leave the projection, then values."""
+    """Of each layer from `depth` on, [2 K d, R]: keys as they leave the projection, then values. Or all layers' in one
+    matrix, one below the other."""
     biases: tuple[torch.Tensor, ...]
-    """[2 K d] of each."""
+    """[2 K d] of each layer, or of all."""
     firsts: tuple[torch.Tensor, ...]
-    """[2 K d] of each: what a text's first token has instead."""
+    """[2 K d] of each layer, or of all: what a text's first token has instead."""
 
     @property
     def num_weights(self) -> int:

@@ -4,7 +4,7 @@
 // (largest score, sum, weighted values); the pieces of a head are joined at the end.
 #pragma once
 
-#include "matrix.h"
+#include "paired.h"
 
 struct Attention {
     int32_t num_heads, num_kv_heads, head_dim;
@@ -12,8 +12,6 @@ struct Attention {
     int64_t num_slots;     // S, allocated
     float scale, softcap;  // softcap 0: none
 };
-
-constexpr int kBlock = 64;  // slots at a time
 
 template <int Type>
 struct Stored;
@@ -146,6 +144,13 @@ static void attend(const Attention& a, const float* q, const void* keys, const v
 template <int Type>
 static void attend_any(const Attention& a, const float* q, const void* keys, const void* values, int begin, int end,
                        int group, Piece out, std::vector<float>& buffer) {
+#if LEVEL_AVX512
+    if (Type == kBFloat16 && is_read_in_pairs(a.head_dim)) {
+        const auto attend_pairs = a.head_dim == 64 ? attend_in_pairs<2> : attend_in_pairs<4>;
+        return attend_pairs(q, (const uint16_t*)keys, (const uint16_t*)values, begin, end, group, a.softcap, out.top, out.total,
+                            out.values);
+    }
+#endif
     if (a.head_dim == 64) return attend<Type, 4>(a, q, keys, values, begin, end, group, out, buffer);
     if (a.head_dim == 128) return attend<Type, 8>(a, q, keys, values, begin, end, group, out, buffer);
     return attend<Type, 0>(a, q, keys, values, begin, end, group, out, buffer);

@@ -81,7 +81,13 @@ static void rms_norm(const float* x, const float* weight, int n, float eps, floa
 }
 
 static void rotate(float* x, const float* cos, const float* sin, int half) {
-    for (int i = 0; i < half; i++) {
+    int i = 0;
+    for (; i + kLanes <= half; i += kLanes) {
+        const F16 a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+        store(x + i, a * c - b * s);
+        store(x + half + i, b * c + a * s);
+    }
+    for (; i < half; i++) {
         const float a = x[i], b = x[half + i];
         x[i] = a * cos[i] - b * sin[i];
         x[half + i] = b * cos[i] + a * sin[i];

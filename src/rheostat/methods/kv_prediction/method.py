@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,8 @@ from rheostat.runtime.weights import ReadAhead
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _handles: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
 """Attached model -> the handles of our hooks on it."""
@@ -45,6 +48,9 @@ class KVPrediction(Method):
     layer_map: tuple[int, ...] = ()
     """For a pruned or a smaller auxiliary: for each layer of the model, the auxiliary's layer that predicts it; empty
     for the rule."""
+    keep_auxiliary: bool = True
+    """For a pruned or a smaller auxiliary: hold its weights in memory between prompts; false keeps them in a temporary
+    file, from which each prompt reads them."""
     depths: tuple[float, ...] = (0.4, 0.5, 2 / 3, 5 / 6)
     """Depths of the auxiliary that the dial chooses from: shares of the model's layers, or whole numbers of them."""
     exact_tokens: int = 1
@@ -75,6 +81,10 @@ class KVPrediction(Method):
             raise bad_setting("kv_prediction.depths", self.depths, "shares between 0 and 1, or whole numbers of layers")
         if not _is_number(self.exact_tokens, 1) or not isinstance(self.exact_tokens, int):
             raise bad_setting("kv_prediction.exact_tokens", self.exact_tokens, "an integer of at least 1")
+        if not isinstance(self.keep_auxiliary, bool):
+            raise bad_setting("kv_prediction.keep_auxiliary", self.keep_auxiliary, "true or false")
+        if not self.keep_auxiliary and not self.has_own_auxiliary:
+            logger.warning("kv_prediction.keep_auxiliary=False has no effect: the auxiliary is the model's own layers")
         if not isinstance(self.inputs, tuple) or not all(_is_number(one, 0) and one < 1 for one in self.inputs):
             raise bad_setting("kv_prediction.inputs", self.inputs, "shares of the depth, from 0 to below 1")
         for field in (
@@ -141,7 +151,10 @@ class KVPrediction(Method):
         self.check(model)
         depths = self.layer_counts(len(families.layers(model)))
         if self.has_own_auxiliary:
-            predictor.attach(model, [auxiliary.build(model, self.auxiliary, self.kept, self.layer_map)])
+            maps = auxiliary.build(model, self.auxiliary, self.kept, self.layer_map)
+            if not self.keep_auxiliary:
+                maps.park()
+            predictor.attach(model, [maps])
             _handles[model] = []
             return
         inputs = {depth: self.read_layers(depth) for depth in depths}

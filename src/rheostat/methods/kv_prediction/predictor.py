@@ -84,6 +84,9 @@ class Predictor(families.Attachment):
         num_plain = sum(not isinstance(layer.mlp, MeteredFFN) for layer in families.layers(model)[: self.depth])
         return rows_cost(geometry.first_layers(self.depth), counts, num_plain, itemsize)
 
+    def rest(self) -> None:
+        """It has read for now; there is nothing to give back."""
+
     def runtime_maps(self) -> PredictedLayers:
         """These maps as the runtime computes them, as views of their parameters."""
         maps = cast("list[nn.Linear]", list(self.maps))

@@ -120,6 +120,7 @@ def read_ahead(
             cache.update(layer.finish_keys(keys, position_ids), layer.finish_values(values), layer.layer)
         if spending is not None:
             spending.meter.bill(_spent(model, attention_mask, num_tokens, predictor))
+    predictor.rest()
     if spending is not None:
         valid = attention_mask[:, -num_tokens:].bool()
         spending.meter.spare("prefill", valid, _dense(model, attention_mask, num_tokens))

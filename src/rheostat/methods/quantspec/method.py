@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from rheostat import families
-from rheostat.caches.hierarchical import HierarchicalCache, body_length, check_groups, saved_bytes
+from rheostat.caches.counting import body_length, check_groups, saved_bytes
+from rheostat.caches.hierarchical import HierarchicalCache
 from rheostat.cost import Cost, Parts, dense_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
