@@ -100,7 +100,7 @@ async def ask(
             chunk = json.loads(line[6:])
             found.usage = chunk.get("usage") or found.usage
             if "error" in chunk:
-                return Answer(chunk["error"].get("code") or 500, text=line[:200])
+                return Answer(500, text=line[:200])
             for choice in chunk.get("choices", ()):
                 is_done |= choice.get("finish_reason") is not None
                 if piece := choice["delta"].get("content"):
