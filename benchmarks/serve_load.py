@@ -143,7 +143,7 @@ def check(args: argparse.Namespace) -> None:
 
     offline = Offline(args.model, max(TOKENS))
     lost = wrong = checked = 0
-    for row in read(args.file):
+    for row in sorted(read(args.file), key=lambda row: -row["clients"]):
         if row["side"] != "rheostat:float32":
             continue
         for plan, answer in zip(row["plan"], row["answers"], strict=True):
@@ -154,7 +154,7 @@ def check(args: argparse.Namespace) -> None:
             if not same:
                 wrong += 1
                 print(json.dumps({"plan": plan, "answer": answer["text"], "expected": expected}))
-    print(f"{checked} requests: {lost} lost, {wrong} not the greedy answer at their dial")
+        print(f"{checked} requests: {lost} lost, {wrong} not the greedy answer at their dial", flush=True)
 
 
 def show(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ async def ask(
             chunk = json.loads(line[6:])
             found.usage = chunk.get("usage") or found.usage
             if "error" in chunk:
-                return Answer(chunk["error"].get("code") or 500, text=line[:200])
+                return Answer(500, text=line[:200])
             for choice in chunk.get("choices", ()):
                 is_done |= choice.get("finish_reason") is not None
                 if piece := choice["delta"].get("content"):
@@ -213,3 +213,12 @@ def free_port() -> int:
 def ours(artifact: str, port: int, *more: str) -> list[str]:
     """The command of our server."""
     return [sys.executable, "-m", "rheostat", "serve", artifact, "--name", "dial", "--port", str(port), *more]
+
+
+def owner(port: int) -> int:
+    """The process that listens on a port of ours."""
+    for status in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if f"\0--port\0{port}\0" in status.read_text():
+                return int(status.parent.name)
+    raise SystemExit(f"nobody listens on port {port}")
