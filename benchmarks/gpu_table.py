@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from gpu_decoder import Decoder, Tuned, Weights, capture
 
+from rheostat.errors import SettingError, bad_setting
 from rheostat.kernels import plain
 from rheostat.kernels.triton import (
     DeviceMatrix,
@@ -470,8 +471,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", help="a JSON file, written after each part")
     arguments = parser.parse_args()
+    try:
+        if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
+            raise bad_setting("device", arguments.device, "one that this machine has")
+        language.check_device(torch.device(arguments.device))
+    except SettingError as error:
+        parser.error(str(error))
     bench = Bench(arguments)
-    language.check_device(bench.device)
     torch.manual_seed(0)
     model = random_model(bench)
     inner, head_dim = model.config.intermediate_size, model.config.head_dim
