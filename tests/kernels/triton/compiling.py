@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +34,7 @@ NAMES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.int8: "*i8",
     torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
-ACCESS = re.compile(r"ld\.global[\w.:]*|cp\.async\.\w+\.shared\.global|wgmma\.mma_async|mma\.sync|(?:ld|st)\.local")
+ACCESS = re.compile(r"ld\.global[\w.:]*|cp\.async\.\w+\.shared\.global|wgmma\.mma_async|mma\.sync")
 
 KERNELS = {"_few_rows", "_fused", "_add_up", "_gate_up", "_down", "_stretch", "_combine"}
 """What is launched from Python."""
@@ -65,10 +68,20 @@ class Compiled:
         source = ASTSource(self.kernel, signature, fixed, attributes)
         options = {"num_warps": num_warps, "num_stages": num_stages}
         done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        counts: dict[str, int] = {"shared": done.metadata.shared}
+        counts: dict[str, int] = {"shared": done.metadata.shared, "stack": stack_bytes(done.asm["cubin"])}
         for one in ACCESS.findall(done.asm["ptx"]):
             counts[one] = counts.get(one, 0) + 1
         found.setdefault(self.kernel.__name__, []).append(counts)
+
+
+def stack_bytes(binary: bytes) -> int:
+    """Of each thread: what did not fit into registers. Triton's own tools tell."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return max(int(one) for one in re.findall(r"STACK:(\d+)", told.stdout + told.stderr))
 
 
 def replace_kernels() -> None:
@@ -90,6 +103,9 @@ def main() -> None:
             if rows < 64:
                 products.few_rows(x, w)
             weights.run(x, torch.zeros(rows, dtype=torch.int64))
+        downs = [pack(torch.randn(width, size), format) for size in (64, 128, inner)]
+        own = NestedWeights.of(w, w, downs, [torch.zeros(width)] * 3, [64, 128, inner])
+        own.run(torch.randn(64, width).to(half), torch.zeros(64, dtype=torch.int64))
     counts = torch.zeros(2, dtype=torch.int32)
     cache = [torch.zeros(2, 8, 512, 64, dtype=half) for _ in range(2)]
     attention.decode_attention(torch.zeros(2, 32, 64, dtype=half), *cache, counts, counts, scale=0.1)
