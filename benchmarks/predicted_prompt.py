@@ -6,13 +6,14 @@
 Quality: perplexity of the tokens after a prompt, read at each depth, beside what could be had for as much or less:
 
 - `auxiliary`: the first k layers of the model alone, with its own norm and head, for prompt and answer;
+- `fitted`: the same with an affine map before the norm, solved on calibration text as the maps are;
 - `pruned`: k layers spread evenly over the model alone, for prompt and answer;
 - `dropped`: the whole model on as large a share of the prompt's tokens as the depth costs, drawn at random (the first
   and the last stay, positions too);
 - `none`: the whole model on the prompt's last token alone.
 
-Time: to the first token, and to several, against stock `transformers` on the same weights, interleaved, ratios round by
-round. The last line is one JSON object.
+Time: to the first token, and to several, against stock `transformers` on the same weights and against our own runtime
+through all layers, interleaved, ratios round by round, each as median and quartiles. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from prompt_readers import even_layers, first_layers, fitted_layers
 
 import rheostat
 from rheostat import families
 from rheostat.adapted import Adapted
-from rheostat.methods.kv_prediction.auxiliary import pruned_copy
 from rheostat.provenance import provenance
 from rheostat.text import pack, read_texts
 
@@ -73,7 +74,9 @@ def read_adapted(adapted: Adapted, prompts: torch.Tensor, compute: float) -> tup
 
 
 @torch.no_grad()
-def quality(adapted: Adapted, windows: torch.Tensor, answer: int, depths: dict[float, int]) -> list[dict[str, Any]]:
+def quality(
+    adapted: Adapted, windows: torch.Tensor, answer: int, depths: dict[float, int], fitted: dict[int, Any]
+) -> list[dict[str, Any]]:
     """Perplexity of the last `answer` tokens of windows [N, T], by reader; the first row is the dense model's."""
     model = adapted.model
     num_layers = len(families.layers(model))
@@ -85,11 +88,11 @@ def quality(adapted: Adapted, windows: torch.Tensor, answer: int, depths: dict[f
     add("dense", 1.0, model, lambda p: read_plain(model, p))
     add("none", 0.0, model, lambda p: (None, p[:, :0]))
     for compute, depth in depths.items():
-        first = pruned_copy(model, list(range(depth)))
-        even = pruned_copy(model, [round(k * (num_layers - 1) / (depth - 1)) for k in range(depth)])
+        first, even = first_layers(model, depth), even_layers(model, depth)
         drawn = torch.Generator().manual_seed(depth)
         add(f"predicted {depth}", compute, model, lambda p, c=compute: read_adapted(adapted, p, c))
         add(f"auxiliary {depth}", depth / num_layers, first, lambda p, m=first: read_plain(m, p))
+        add(f"fitted {depth}", depth / num_layers, fitted[depth], lambda p, m=fitted[depth]: read_plain(m, p))
         add(f"pruned {depth}", depth / num_layers, even, lambda p, m=even: read_plain(m, p))
         add(f"dropped {depth}", compute, model, lambda p, c=compute, g=drawn: read_dropped(model, p, c, g))
     rows = []
@@ -105,41 +108,68 @@ def quality(adapted: Adapted, windows: torch.Tensor, answer: int, depths: dict[f
     return rows
 
 
-@torch.no_grad()
 def clock(
     adapted: Adapted, stock: Any, lengths: list[int], depths: dict[float, int], news: list[int], rounds: int
 ) -> list[dict[str, Any]]:
-    """Seconds to the first token and to several, stock and at each depth in turn."""
+    """Seconds to the first token and to several: stock, the runtime through all layers, and each depth, in turns.
+
+    Prompts are long ones cut; every call is `generate` as a whole.
+    """
+    sides: dict[str, tuple[Any, dict[str, Any]]] = {"stock": (stock, {}), "all layers": (adapted, {"compute": 1.0})}
+    for compute, depth in depths.items():
+        sides[f"depth {depth}"] = (adapted, {"compute": {"prefill": compute}})
     rows = []
     for length in lengths:
         prompt = torch.randint(5, adapted.geometry.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
-        kept: dict[str, list[float]] = {}
+        kept: dict[tuple[str, int], list[float]] = {(name, new): [] for name in sides for new in news}
         for turn in range(rounds + 1):
-            for name, compute in [("stock", None), *((str(depth), c) for c, depth in depths.items())]:
-                for new in news:
-                    model = stock if compute is None else adapted
-                    extra = {} if compute is None else {"compute": {"prefill": compute}}
+            order = list(sides.items())[:: -1 if turn % 2 else 1]
+            for new in news:
+                for name, (model, extra) in order:
                     started = time.perf_counter()
                     model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, **extra)
                     if turn:
-                        kept.setdefault(f"{name} {new}", []).append(time.perf_counter() - started)
-        for compute, depth in depths.items():
-            cost = adapted.method.cost(adapted.geometry, compute=compute + 1e-6, num_tokens=length).flops.total
-            dense = rheostat.Method().cost(adapted.geometry, num_tokens=length).flops.total
-            for new in news:
-                pairs = zip(kept[f"stock {new}"], kept[f"{depth} {new}"], strict=True)
-                row = {
-                    "prompt": length,
-                    "depth": depth,
-                    "new": new,
-                    "stock_ms": round(1000 * statistics.median(kept[f"stock {new}"]), 1),
-                    "ms": round(1000 * statistics.median(kept[f"{depth} {new}"]), 1),
-                    "times_as_fast": round(statistics.median(a / b for a, b in pairs), 3),
-                    "promised_by_flops": round(dense / cost, 3),
-                }
-                rows.append(row)
-                print(row, flush=True)
+                        kept[name, new].append(time.perf_counter() - started)
+        promised = _promised(adapted, length, depths)
+        for new in news:
+            for name in list(sides)[1:]:
+                rows.append(_row(kept, name, length, new, promised.get(name) if new == 1 else None))
+                print(rows[-1], flush=True)
     return rows
+
+
+def _promised(adapted: Adapted, length: int, depths: dict[float, int]) -> dict[str, float]:
+    """Side -> how many times fewer FLOPs than the dense model's its reading of a prompt takes."""
+    dense = rheostat.Method().cost(adapted.geometry, num_tokens=length).flops.total
+    found = {"all layers": 1.0}
+    for compute, depth in depths.items():
+        cost = adapted.method.cost(adapted.geometry, compute=min(1.0, compute + 1e-6), num_tokens=length).flops.total
+        found[f"depth {depth}"] = dense / cost
+    return found
+
+
+def _row(
+    kept: dict[tuple[str, int], list[float]], name: str, length: int, new: int, promised: float | None
+) -> dict[str, Any]:
+    """One side's times beside stock's and the dense runtime's, ratios taken round by round."""
+
+    def times(other: str) -> list[float]:
+        pairs = zip(kept[other, new], kept[name, new], strict=True)
+        return [round(one, 3) for one in quartiles([theirs / ours for theirs, ours in pairs])]
+
+    row = {"prompt": length, "side": name, "new": new}
+    for label, side in (("stock_ms", "stock"), ("dense_ms", "all layers"), ("ms", name)):
+        row[label] = [round(1000 * one, 1) for one in quartiles(kept[side, new])]
+    row |= {"than_stock": times("stock"), "than_dense": times("all layers")}
+    return row | ({} if promised is None else {"promised_by_flops": round(promised, 3)})
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """Median, lower and upper quartile."""
+    if len(values) < 2:
+        return values * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [middle, low, high]
 
 
 def main(given: list[str]) -> None:
@@ -164,12 +194,16 @@ def main(given: list[str]) -> None:
     if args.depths:
         depths = {c: d for c, d in depths.items() if d in {int(one) for one in args.depths.split(",")}}
     figures: dict[str, Any] = {"arguments": vars(args), "quality": {}, "time": []}
+    fitted = {}
+    if args.data:
+        calibration = pack(tokenizer, read_texts("builtin:calibration"), length=512, limit=32, seed=args.seed)
+        fitted = fitted_layers(adapted.model, depths.values(), calibration)
     for one in filter(None, args.data.split(",")):
         name, _, file = one.partition("=")
         print(f"-- {name}")
         length = args.prompt + args.answer
         windows = pack(tokenizer, read_texts(file), length=length, limit=args.windows, seed=args.seed)
-        figures["quality"][name] = quality(adapted, windows, args.answer, depths)
+        figures["quality"][name] = quality(adapted, windows, args.answer, depths, fitted)
     if args.time:
         stock = rheostat.load("smollm2-135m", dtype=getattr(torch, args.dtype))[0]
         lengths, news = ([int(one) for one in text.split(",")] for text in (args.time, args.new))

@@ -1,9 +1,13 @@
-"""Load on a server: time to first token, time per token and throughput, from 1 to many clients, with mixed dials.
+"""Load on a server: time to first token, time per token and throughput, from 1 to many clients, with mixed dials,
+prompts, lengths and clients that leave; beside `transformers serve` and llama.cpp's server on the same machine.
 
-Starts `rheostat serve` (and, with --against, `transformers serve` on the same machine), sends the same chats to each in
-turn, level by level, and ends them. Loopback only.
+    python benchmarks/serve_load.py run smol-dial --dense path/to/dense --gguf path/to/model.gguf --out load.jsonl
+    python benchmarks/serve_load.py check load.jsonl     # each answer against the greedy one without a server
+    python benchmarks/serve_load.py show load.jsonl --picture load.png
 
-    python benchmarks/serve_load.py smol-dial --against path/to/dense --clients 1,4,8 --requests 24 --out load.json
+`run` writes one line a cell (a server and a number of clients) and goes on where it was stopped; with `--budget` it
+stops by itself after so many seconds. Servers of one run are all up at once, and only one is asked at a time. Loopback
+only.
 """
 
 from __future__ import annotations
@@ -12,222 +16,194 @@ import argparse
 import asyncio
 import json
 import os
-import random
-import signal
-import socket
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import serving
+from serving import Request
 
 from rheostat import report
 
-TOPICS = ("rivers", "bread", "the moon", "old maps", "bees", "glass", "salt", "winter", "a violin", "bridges")
-START_SECONDS = 150
+DIALS = (1.0, 0.9, 0.8, 0.7)
+TOKENS = (8, 48)
 
 
-def plan(num: int, dials: list[float], longest: int, leave: float, seed: int) -> list[dict[str, Any]]:
-    """Requests: a prompt, a dial, a length, and after how many pieces the client leaves (0: it stays)."""
-    draw = random.Random(seed)
-    return [
-        {
-            "prompt": f"Write {draw.choice(('one sentence', 'a short story', 'a list'))} about {draw.choice(TOPICS)}.",
-            "compute": draw.choice(dials),
-            "tokens": draw.randint(longest // 2, longest),
-            "leaves": 3 if draw.random() < leave else 0,
-        }
-        for _ in range(num)
-    ]
+@dataclass(frozen=True)
+class Side:
+    """A server under load."""
+
+    command: list[str]
+    model: str
+    """What its clients call the model."""
+    path: str = "/health"
+    dial: str = ""
+    """`mixed`: each request its own; `dense`: 1 for all; empty: it has none."""
+
+    def fields(self, one: Request) -> dict[str, Any]:
+        """Beyond OpenAI's own."""
+        if not self.dial:
+            return {}
+        return {"compute": one.compute if self.dial == "mixed" else 1.0, "stream_options": {"include_usage": True}}
 
 
-async def ask(client: httpx.AsyncClient, base: str, model: str, one: dict[str, Any], *, dial: bool) -> dict[str, Any]:
-    """One chat, streamed; times in seconds since it was sent."""
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": one["prompt"]}],
-        "max_tokens": one["tokens"],
-        "temperature": 0,
-        "stream": True,
-    }
-    if dial:
-        body |= {"compute": one["compute"], "stream_options": {"include_usage": True}}
-    started, times, text, usage = time.perf_counter(), [], "", None
-    async with client.stream("POST", f"{base}/v1/chat/completions", json=body) as answer:
-        if answer.status_code != 200:
-            return {"status": answer.status_code}
-        async for line in answer.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line[6:])
-            usage = chunk.get("usage") or usage
-            for choice in chunk.get("choices", ()):
-                if piece := choice["delta"].get("content"):
-                    times.append(time.perf_counter() - started)
-                    text += piece
-            if one["leaves"] and len(times) >= one["leaves"]:
-                return {"status": 499}
-    return {"status": 200, "times": times, "text": text, "usage": usage}
-
-
-async def level(base: str, model: str, requests: list[dict[str, Any]], clients: int, *, dial: bool) -> dict[str, Any]:
-    """All requests, so many at once."""
-    waiting = list(enumerate(requests))[::-1]
-    answers: dict[int, dict[str, Any]] = {}
-
-    async def work(client: httpx.AsyncClient) -> None:
-        while waiting:
-            place, one = waiting.pop()
-            answers[place] = await ask(client, base, model, one, dial=dial)
-
-    started = time.perf_counter()
-    async with httpx.AsyncClient(timeout=300) as client:
-        await asyncio.gather(*(work(client) for _ in range(clients)))
-    seconds = time.perf_counter() - started
-    whole = [one for one in answers.values() if one["status"] == 200 and one["times"]]
-    tokens = sum(one["usage"]["completion_tokens"] if one["usage"] else len(one["times"]) for one in whole)
-    gaps = [(one["times"][-1] - one["times"][0]) / (len(one["times"]) - 1) for one in whole if len(one["times"]) > 1]
-    return {
-        "clients": clients,
-        "requests": len(requests),
-        "answered": len(whole),
-        "left": sum(one["status"] == 499 for one in answers.values()),
-        "refused": sum(one["status"] not in (200, 499) for one in answers.values()),
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "first_token_ms": spread([one["times"][0] for one in whole]),
-        "ms_per_token": spread(gaps),
-        "texts": [answers[place].get("text") for place in range(len(requests))],
-    }
-
-
-def spread(seconds: list[float]) -> dict[str, float]:
-    """Median and 95th percentile, in ms."""
-    ordered = sorted(seconds)
-    if not ordered:
-        return {}
-    return {
-        "p50": 1e3 * statistics.median(ordered),
-        "p95": 1e3 * ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
-    }
-
-
-@contextmanager
-def serving(command: list[str], port: int, log: Path) -> Iterator[str]:
-    """A server of its own process until the block ends. Yields its address."""
-    base = f"http://127.0.0.1:{port}"
-    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
-        try:
-            deadline = time.monotonic() + START_SECONDS
-            while not is_up(base):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"{' '.join(command)} did not start: see {log}")
-                time.sleep(0.5)
-            yield base
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(40)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def is_up(base: str) -> bool:
-    """Whether a server answers."""
-    try:
-        return httpx.get(f"{base}/health", timeout=2).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-def offline(model: str, dtype: str, requests: list[dict[str, Any]]) -> list[str]:
-    """The greedy answers without a server."""
-    from rheostat.commands import load
-    from rheostat.config import Common
-    from rheostat.decode import stream
-    from rheostat.serve.engine import end_ids
-    from rheostat.spending import spend
-
-    loaded, found = load(model, Common(dtype=dtype)), []
-    ends = tuple(end_ids(loaded.adapted, loaded.tokenizer))
-    for one in requests:
-        message = [{"role": "user", "content": one["prompt"]}]
-        text = loaded.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        ids = loaded.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        with spend(one["compute"], keep_passes=False):
-            steps = stream(loaded.adapted, ids, max_new_tokens=one["tokens"], eos_token_ids=ends)
-            new = [int(step.token_ids[0]) for step in steps]
-        found.append(loaded.tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+def sides(args: argparse.Namespace) -> dict[str, tuple[Side, int]]:
+    """Name -> the server and its port."""
+    found = {}
+    for name in args.sides.split(","):
+        port = serving.free_port()
+        kind, _, dtype = name.partition(":")
+        if kind in ("rheostat", "dense"):
+            weights = ("--weights", "int8", "--dtype", "bfloat16") if dtype == "int8" else ("--dtype", dtype)
+            command = serving.ours(args.model, port, "--queue", "512", "--rows", str(args.rows), *weights)
+            side = Side(command, "dial", dial="mixed" if kind == "rheostat" else "dense")
+        elif kind in ("transformers", "continuous"):
+            program = os.path.join(os.path.dirname(sys.executable), "transformers")
+            command = [program, "serve", "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
+            command += ["--continuous-batching"] if kind == "continuous" else []
+            side = Side(command, args.dense)
+        elif kind == "llama.cpp":
+            command = [sys.executable, "-m", "llama_cpp.server", "--model", args.gguf, "--port", str(port)]
+            command += ["--n_ctx", "2048", "--n_threads", str(os.cpu_count()), "--n_threads_batch", str(os.cpu_count())]
+            side = Side([*command, "--interrupt_requests", "False", "--verbose", "False"], "any", "/v1/models")
+        else:
+            raise SystemExit(f"--sides {name}: rheostat, dense, transformers, continuous or llama.cpp")
+        found[name] = side, port
     return found
+
+
+def cells(args: argparse.Namespace) -> list[tuple[str, int, int]]:
+    """(side, clients, requests) that the file does not have yet: all sides at one level, then the next level."""
+    done = set()
+    if args.out.exists():
+        done = {(row["side"], row["clients"]) for row in read(args.out)}
+    levels = [int(one) for one in args.clients.split(",")]
+    counts = [int(one) for one in args.requests.split(",")]
+    pairs = list(zip(levels, counts if len(counts) > 1 else counts * len(levels), strict=True))
+    names = args.sides.split(",")
+    return [(name, *pair) for pair in pairs for name in names if (name, pair[0]) not in done]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what is missing."""
+    started, left = time.monotonic(), cells(args)
+    args.sides = ",".join(dict.fromkeys(name for name, _, _ in left))
+    if not left:
+        print("nothing is missing")
+        return
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    with ExitStack() as stack:
+        up = {}
+        for name, (side, port) in sides(args).items():
+            log = args.out.with_suffix(f".{name.replace(':', '-')}.log")
+            up[name] = side, stack.enter_context(serving.serving(side.command, port, log)), log
+        for side, base, log in up.values():
+            serving.wait_up(base, log, side.path)
+            asyncio.run(serving.closed_loop(base, side.model, [Request("Hello.", 1.0, 4, False)], 1, side.fields))
+        for name, clients, number in left:
+            if time.monotonic() - started > args.budget:
+                print(f"the time is up: {len(left)} cells in all, {len(cells(args))} of them missing")
+                return
+            row = measure(*up[name][:2], clients, number, args, tokenizer)
+            shown = {"side": name, "clients": clients} | row
+            with args.out.open("a") as out:
+                out.write(json.dumps(shown | {"provenance": report.origin(seed=args.seed)}) + "\n")
+            print(
+                json.dumps({key: value for key, value in shown.items() if key not in ("answers", "plan")}), flush=True
+            )
+
+
+def measure(
+    side: Side, base: str, clients: int, number: int, args: argparse.Namespace, tokenizer: Any
+) -> dict[str, Any]:
+    """One cell."""
+    requests = serving.plan(number, DIALS, TOKENS, args.leave, args.seed + clients)
+    answers, seconds = asyncio.run(serving.closed_loop(base, side.model, requests, clients, side.fields))
+
+    def num_tokens(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    row = {"requests": number} | serving.figures(answers, seconds, num_tokens)
+    return row | {"plan": [asdict(one) for one in requests], "answers": serving.listed(answers)}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The cells of a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def check(args: argparse.Namespace) -> None:
+    """Compare each answer of our server in float32 with the greedy one, written without a server."""
+    from serve_offline import Offline
+
+    offline = Offline(args.model, max(TOKENS))
+    lost = wrong = checked = 0
+    for row in read(args.file):
+        if row["side"] != "rheostat:float32":
+            continue
+        for plan, answer in zip(row["plan"], row["answers"], strict=True):
+            expected = offline.text(plan["prompt"], plan["compute"], plan["tokens"])
+            checked += 1
+            lost += answer["status"] not in (200, 499)
+            same = answer["text"] == expected if answer["status"] == 200 else expected.startswith(answer["text"])
+            if not same:
+                wrong += 1
+                print(json.dumps({"plan": plan, "answer": answer["text"], "expected": expected}))
+    print(f"{checked} requests: {lost} lost, {wrong} not the greedy answer at their dial")
+
+
+def show(args: argparse.Namespace) -> None:
+    """A table, the figures without the texts, and a picture."""
+    rows = [{k: v for k, v in row.items() if k not in ("plan", "answers")} for row in read(args.file)]
+    print("| server | clients | requests | tokens/s | first token ms, p50 / p95 | ms a token, p50 / p95 | refused |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for row in sorted(rows, key=lambda row: (row["clients"], row["side"])):
+        first, each = row["first_token_ms"], row["ms_per_token"]
+        print(
+            f"| {row['side']} | {row['clients']} | {row['requests']} | {row['tokens_per_second']:.1f} "
+            f"| {first['p50']:.0f} / {first['p95']:.0f} | {each['p50']:.1f} / {each['p95']:.1f} | {row['refused']} |"
+        )
+    if args.figures:
+        args.figures.write_text(report.to_json({"rows": rows}, indent=1))
+    if args.picture:
+        from serve_picture import draw_load
+
+        draw_load(rows, args.picture)
 
 
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--against", help="checkpoint folder that `transformers serve` serves")
-    parser.add_argument("--continuous", action="store_true", help="with its continuous batching")
-    parser.add_argument("--clients", default="1,4,8")
-    parser.add_argument("--requests", type=int, default=24)
-    parser.add_argument("--dials", default="1.0,0.9,0.8,0.7")
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--leave", type=float, default=0.1, help="share of clients that leave in the middle")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--weights", default="auto")
-    parser.add_argument("--check", action="store_true", help="compare each answer with the offline greedy one")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("load.json"))
+    verbs = parser.add_subparsers(required=True)
+    one = verbs.add_parser("run")
+    one.add_argument("model", help="an artifact with a dial")
+    one.add_argument("--dense", help="checkpoint folder that `transformers serve` serves")
+    one.add_argument("--gguf", help="what llama.cpp's server serves")
+    one.add_argument("--sides", default="rheostat:float32", help="kind:dtype, separated by commas")
+    one.add_argument("--clients", default="1,2,4,8,16,32")
+    one.add_argument("--requests", default="40,50,70,90,110,140", help="of each level")
+    one.add_argument("--rows", type=int, default=32)
+    one.add_argument("--leave", type=float, default=0.1, help="share of clients that leave in the middle")
+    one.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no cell is begun")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--out", type=Path, default=Path("load.jsonl"))
+    one.set_defaults(do=run)
+    one = verbs.add_parser("check")
+    one.add_argument("model")
+    one.add_argument("file", type=Path)
+    one.set_defaults(do=check)
+    one = verbs.add_parser("show")
+    one.add_argument("file", type=Path)
+    one.add_argument("--figures", type=Path)
+    one.add_argument("--picture", type=Path)
+    one.set_defaults(do=show)
     args = parser.parse_args()
-    dials = [float(one) for one in args.dials.split(",")]
-    requests = plan(args.requests, dials, args.tokens, args.leave, args.seed)
-    ours, theirs = free_port(), free_port()
-    run = [sys.executable, "-m", "rheostat", "serve", args.model, "--name", "dial", "--port", str(ours),
-           "--queue", "512", "--dtype", args.dtype, "--weights", args.weights]  # fmt: skip
-    rows: list[dict[str, Any]] = []
-    with serving(run, ours, args.out.with_suffix(".rheostat.log")) as base:
-        sides = [("rheostat", base, "dial", True)]
-        if args.against:
-            other = [os.path.join(os.path.dirname(sys.executable), "transformers"), "serve", "--host", "127.0.0.1",
-                     "--port", str(theirs), "--dtype", args.dtype]  # fmt: skip
-            other += ["--continuous-batching"] if args.continuous else []
-            with serving(other, theirs, args.out.with_suffix(".transformers.log")) as second:
-                measure(rows, [*sides, ("transformers", second, args.against, False)], args, requests)
-        else:
-            measure(rows, sides, args, requests)
-    figures: dict[str, Any] = {"model": args.model, "rows": rows, "provenance": report.origin(seed=args.seed)}
-    if args.check:
-        expected = offline(args.model, args.dtype, requests)
-        for row in rows:
-            if row["side"] == "rheostat":
-                pairs = [(a, b) for a, b in zip(row["texts"], expected, strict=True) if a is not None]
-                row["checked"], row["equal"] = len(pairs), sum(a == b for a, b in pairs)
-                print(f"{row['clients']} clients: {row['equal']} of {row['checked']} answers equal the offline ones")
-    for row in rows:
-        del row["texts"]
-    args.out.write_text(report.to_json(figures, indent=1))
-
-
-def measure(rows: list[dict[str, Any]], sides: list[Any], args: argparse.Namespace, requests: list[Any]) -> None:
-    """Each level on each side in turn."""
-    for _, base, model, dial in sides:
-        asyncio.run(level(base, model, requests[:1], 1, dial=dial))  # what is made at the first request
-    for clients in (int(one) for one in args.clients.split(",")):
-        for name, base, model, dial in sides:
-            row = {"side": name} | asyncio.run(level(base, model, requests, clients, dial=dial))
-            rows.append(row)
-            shown = {key: value for key, value in row.items() if key not in ("texts", "side")}
-            print(name, json.dumps(shown), flush=True)
+    args.do(args)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,28 @@
-"""Speculative decoding on real text: exactness, acceptance by place, the cache's quality and size, the bound.
+"""Speculation on our own runtime against its own plain decoding: tokens a second, acceptance, and the bound.
 
-    python benchmarks/speculation.py --model ARTIFACT --data DATA --prompts 4 --parts decode,perplexity,memory,bound
+    python benchmarks/speculation.py --model ARTIFACT --data DATA --contexts 2048 --new-tokens 90 --weights bf16
+    python benchmarks/speculation.py --model ARTIFACT --data DATA --contexts short --new-tokens 90 --sides self,low_dial
 
-DATA has `prompts/spec_bench.jsonl.gz` and `text/wikitext2_raw_test.txt.gz`. The last line of output is one JSON
-object. An adapted model brings the low-dial drafter; a dense one does without. Times are those of plain PyTorch,
-where drafting in 4 bits saves nothing: they say what the loop costs, not what a kernel would gain.
+DATA has `long/leval_subset.jsonl.gz`, `prompts/spec_bench.jsonl.gz` and `text/wikitext2_raw_test.txt.gz`. Contexts are
+numbers of tokens, of which long documents are cut, or `short`: prompts of five kinds. A prompt is read once; all sides
+then start from copies of its cache and take turns, round by round. Prefill is left out. Printed are medians of tokens
+a second and the ratio to plain decoding of the same round; beside it the most that bytes allow with the acceptance
+measured, and the share of that which was reached. Every text is compared with that of plain decoding on the same
+kind of cache. `--parts steps` times single passes; `--parts perplexity,memory` say what the cache in planes costs and
+saves. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gzip
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -23,92 +31,285 @@ from transformers import Cache, DynamicCache
 import rheostat
 from rheostat.adapted import Adapted
 from rheostat.caches.hierarchical import HierarchicalCache
-from rheostat.decode import stream
 from rheostat.geometry import Geometry
-from rheostat.methods import Chain, QuantSpec
 from rheostat.methods.base import positions
-from rheostat.methods.quantspec.twins import TwinLinear
 from rheostat.provenance import provenance
+from rheostat.runtime import packing
+from rheostat.runtime.engine import Batch, Runtime
+from rheostat.runtime.planes import PlaneCache
+from rheostat.runtime.speculating import NativeHost
+from rheostat.runtime.weights import CacheForm, DraftForm
+from rheostat.sampling import most_likely
 from rheostat.speculate.bound import speedup_bound
+from rheostat.speculate.drafter import Drafter
+from rheostat.speculate.drafting import LowDial, SelfDrafter
+from rheostat.speculate.lookup import PromptLookup
+from rheostat.speculate.loop import Ending, speculate
 from rheostat.spending import spend
 
 KINDS = ("translation", "summarization", "qa", "math_reasoning", "rag")
-DRAFTERS = ("self", "low_dial", "prompt_lookup", "streaming_llm", "snapkv")
+SIDES = ("planes", "self", "self_auto", "prompt_lookup", "low_dial", "low_dial_auto")
+"""Beside `plain`: plain decoding on the cache in planes, drafts in 4 bits of everything, copying, the low dial."""
+
+QUESTION = "\n\nSummarise the text above in detail.\n"
 
 
-def read_prompts(data: Path, number: int) -> dict[str, list[str]]:
-    """The first `number` prompts of each kind."""
-    lines = gzip.decompress((data / "prompts/spec_bench.jsonl.gz").read_bytes()).decode().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return {kind: [row["turns"][0] for row in rows if row["category"] == kind][:number] for kind in KINDS}
+class Reading:
+    """A prompt that was read once; every side starts from a copy of its cache."""
+
+    def __init__(self, runtime: Runtime, adapted: Adapted, ids: torch.Tensor, form: CacheForm) -> None:
+        runtime.cache_form = None
+        with torch.inference_mode():
+            self.batch = Batch.read(runtime, ids, None, adapted.settings("prefill", 1), num_new=512)
+        self.form, self.ids, self.adapted = form, ids, adapted
+
+    def fresh(self, *, planes: bool) -> Batch:
+        """A batch that nothing has been written after."""
+        old = self.batch
+        if planes:
+            cache: Any = PlaneCache.of(old.cache, self.form.group_size, self.form.value_group_size, 9000)
+        else:
+            cache = copy.deepcopy(old.cache)
+        return Batch(old.runtime, cache, old.positions.clone(), old.logits)
 
 
-def decode(adapted: Adapted, tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every drafter on every kind of prompt, in batches, beside plain greedy decoding of the same model and cache."""
+class ReadHost(NativeHost):
+    """A host whose prompt has been read."""
+
+    def __init__(self, batch: Batch, adapted: Adapted) -> None:
+        super().__init__(batch.runtime, adapted.settings)
+        self.batch = batch
+
+    def read(self, input_ids: torch.Tensor, mask: torch.Tensor, num_new: int) -> torch.Tensor:
+        """Nothing is left to do."""
+        return self.batch.logits
+
+
+class FourBits(SelfDrafter):
+    """The runtime's draft form."""
+
+    def reading(self, state: Any) -> Any:
+        """4 bits of everything that has them."""
+        return state.host.cheaply()
+
+
+def write_plain(batch: Batch, number: int) -> tuple[list[int], float]:
+    """Greedy text and seconds, the first token's left out."""
+    newest = most_likely(batch.logits)
+    out, begun = newest.tolist(), time.perf_counter()
+    while len(out) < number:
+        newest = most_likely(batch.step(newest, None))
+        out += newest.tolist()
+    return out, time.perf_counter() - begun
+
+
+def write_drafted(batch: Batch, reading: Reading, drafter: Drafter, length: int | str, number: int) -> dict[str, Any]:
+    """The same with a drafter, and what came of its drafts."""
+    adapted, ids = reading.adapted, reading.ids
+    ending, host = Ending(max_new_tokens=number), ReadHost(batch, adapted)
+    with spend(keep_passes=False) as meter:
+        rounds = speculate(
+            adapted.model, adapted.method, ids, drafter=drafter, draft_length=length, ending=ending, host=host
+        )
+        out = next(rounds).token_ids[0].tolist()
+        begun = time.perf_counter()
+        for one in rounds:
+            out += one.token_ids[0].tolist()
+        seconds = time.perf_counter() - begun
+    return {"text": out, "seconds": seconds, "stats": meter.speculation}
+
+
+def run_sides(reading: Reading, sides: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All sides in turn, `args.rounds` times, the first of which warms up and is left out where there are more."""
+    low = reading.adapted.dial.low
+    drafters: dict[str, Callable[[], Drafter]] = {
+        "self": FourBits,
+        "self_auto": FourBits,
+        "prompt_lookup": PromptLookup,
+        "low_dial": lambda: LowDial(low),
+        "low_dial_auto": lambda: LowDial(low),
+    }
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in ("plain", *sides)}
+    for _ in range(args.rounds):
+        for side, runs in found.items():
+            batch = reading.fresh(planes=side.startswith("self") or side == "planes")
+            if side in drafters:
+                length = "auto" if side.endswith("auto") else args.draft_length
+                runs.append(write_drafted(batch, reading, drafters[side](), length, args.new_tokens))
+            else:
+                text, seconds = write_plain(batch, args.new_tokens)
+                runs.append({"text": text, "seconds": seconds})
+    return [figures(side, found, reading, args) for side in found]
+
+
+def figures(
+    side: str, found: dict[str, list[dict[str, Any]]], reading: Reading, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Of one side, relative to plain decoding in the same round."""
+    runs = found[side][1:] or found[side]
+    plain = found["plain"][1:] or found["plain"]
+    ratios = [a["seconds"] / b["seconds"] for a, b in zip(plain, runs, strict=True)]
+    like = "planes" if side.startswith("self") or side == "planes" else "plain"
+    row: dict[str, Any] = {
+        "side": side,
+        "tokens_per_second": (args.new_tokens - 1) / median(one["seconds"] for one in runs),
+        "speedup": median(ratios),
+        "quartiles": quantiles(ratios, n=4)[::2] if len(ratios) > 1 else ratios * 2,
+        "same_text": like not in found or all(one["text"] == found[like][0]["text"] for one in found[side]),
+        "agrees_with_full_cache": sum(
+            a == b for a, b in zip(runs[0]["text"], plain[0]["text"], strict=True)
+        ) / args.new_tokens,
+    }  # fmt: skip
+    if "stats" in runs[0]:
+        stats = runs[-1]["stats"]
+        row |= stats.to_dict() | bound(side, stats, reading, args)
+    return row
+
+
+def bound(side: str, stats: Any, reading: Reading, args: argparse.Namespace) -> dict[str, float]:
+    """What bytes allow, with the acceptance measured and the mean number of tokens drafted."""
+    if not stats.drafted:
+        return {}
+    runtime, cache = reading.batch.runtime, reading.batch.cache
+    length = sum(stats.drafted) / stats.num_rounds
+    weights, drafts = (weight_bytes(one) for one in (runtime.decode_weights, runtime._drafter()[0]))
+    full = cache.used_bytes + args.new_tokens // 2 * cache.used_bytes // int(cache.lengths[0])
+    sizes = {4: full, 8: full}
+    if side.startswith("self"):
+        planes = PlaneCache.of(cache, reading.form.group_size, reading.form.value_group_size)
+        sizes = {bits: planes.body.read_bytes(bits) + planes.used_bytes for bits in (4, 8)}
+    draft_bytes = {"self": drafts + sizes[4], "prompt": 0}.get(side.split("_")[0], low_bytes(runtime) + full)
+    most = speedup_bound(
+        acceptance=stats.acceptance,
+        draft_length=length,
+        plain_bytes=weights + full,
+        draft_bytes=draft_bytes,
+        check_bytes=weights + sizes[8],
+    )
+    return {"bound": most, "mean_draft": length}
+
+
+def weight_bytes(weights: Any) -> int:
+    """Bytes of all matrices that a step streams."""
+    matrices = [one for one in packing.matrices(weights) if one is not weights.embedding]
+    return sum(one.nbytes for one in matrices) + (weights.head.nbytes if weights.head is weights.embedding else 0)
+
+
+def low_bytes(runtime: Runtime) -> int:
+    """Bytes of all matrices where every FFN is its smallest expert."""
+    total = weight_bytes(runtime.decode_weights)
+    for layer in runtime.decode_weights.layers:
+        ffn = layer.ffn
+        total -= ffn.gate.nbytes + ffn.up.nbytes + sum(down.nbytes for down in ffn.downs)
+        total += 2 * ffn.gate.bytes_of(ffn.sizes[0]) + ffn.downs[0].bytes_of(None, ffn.sizes[0])
+    return total
+
+
+def prompts(args: argparse.Namespace, tokenizer: Any) -> list[tuple[str, torch.Tensor]]:
+    """(name, ids [1, T]) of everything to be read."""
+    if args.contexts == "short":
+        lines = gzip.decompress((args.data / "prompts/spec_bench.jsonl.gz").read_bytes()).decode().splitlines()
+        rows = [json.loads(line) for line in lines]
+        texts = {kind: [row["turns"][0] for row in rows if row["category"] == kind] for kind in KINDS}
+        return [
+            (kind, chat(tokenizer, text)[:, -args.longest :]) for kind in KINDS for text in texts[kind][: args.prompts]
+        ]
+    lines = gzip.decompress((args.data / "long/leval_subset.jsonl.gz").read_bytes()).decode().splitlines()
+    documents = [json.loads(line)["input"] for line in lines]
+    out = []
+    for size in map(int, args.contexts.split(",")):
+        kept = [
+            ids for ids in (tokenizer(text)["input_ids"] for text in documents[: 4 * args.prompts]) if len(ids) > size
+        ]
+        for ids in kept[: args.prompts]:
+            cut = tokenizer.decode(ids[: size - 64])
+            out.append((str(size), chat(tokenizer, cut + QUESTION)))
+    return out
+
+
+def chat(tokenizer: Any, text: str) -> torch.Tensor:
+    """One turn of a user, [1, T]."""
+    message = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
+
+
+def show(name: str, row: dict[str, Any]) -> None:
+    """One line."""
+    drafts = ""
+    if "acceptance" in row:
+        places = " ".join(f"{share:.2f}" for share in row["acceptance_by_place"])
+        reached = f", {row['speedup'] / row['bound']:.2f} of the bound {row['bound']:.2f}" if "bound" in row else ""
+        drafts = f"  accepted {row['acceptance']:.2f} ({places})  {row['tokens_per_round']:.2f} a round{reached}"
+    same = "" if row["same_text"] else "  TEXT DIFFERS"
+    low, high = row["quartiles"]
+    print(
+        f"{name:14} {row['side']:14} {row['tokens_per_second']:6.1f} tokens/s  {row['speedup']:.2f}x "
+        f"({low:.2f}-{high:.2f}){drafts}{same}",
+        flush=True,
+    )
+    if row.get("verdict"):
+        print(f"{'':29} {row['verdict']}", flush=True)
+
+
+def speed(adapted: Adapted, tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All prompts, all sides."""
+    form, places = CacheForm(group_size=args.group_size), tuple(args.draft_weights.split(","))
+    runtime = Runtime(
+        adapted.model, args.weights, adapted.hook_ids, cache_form=form, draft_form=DraftForm(places=places)
+    )
+    runtime.prepare(draft=True)
+    sides = [side for side in args.sides.split(",") if adapted.dial.low < 1 or not side.startswith("low")]
     rows = []
-    drafters = [name for name in args.drafters.split(",") if name != "low_dial" or adapted.dial.low < 1]
-    for kind, prompts in read_prompts(args.data, args.prompts).items():
-        for start in range(0, len(prompts), args.batch):
-            batch = encode(tokenizer, prompts[start : start + args.batch], args.longest)
-            begun = time.perf_counter()
-            with spend():
-                steps = list(stream(adapted, **batch, max_new_tokens=args.new_tokens))
-            plain, plain_seconds = torch.stack([step.token_ids for step in steps], 1), time.perf_counter() - begun
-            for name in drafters:
-                rows.append(one_draft(adapted, args, name, batch, plain) | {"kind": kind})
-                rows[-1]["plain_seconds"] = plain_seconds
-                print_row(rows[-1])
+    for name, ids in prompts(args, tokenizer):
+        reading = Reading(runtime, adapted, ids, form)
+        for row in run_sides(reading, sides, args):
+            rows.append(row | {"prompt": name, "tokens": ids.shape[1]})
+            show(name, row)
     return rows
 
 
-def encode(tokenizer: Any, prompts: list[str], longest: int) -> dict[str, torch.Tensor]:
-    """Chat prompts, padded on the left and cut on the left."""
-    texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True, tokenize=False)
-        for p in prompts
-    ]
-    tokenizer.padding_side = tokenizer.truncation_side = "left"
-    out = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=longest)
-    return {"input_ids": out["input_ids"], "attention_mask": out["attention_mask"]}
-
-
-def one_draft(
-    adapted: Adapted, args: argparse.Namespace, name: str, batch: dict[str, torch.Tensor], plain: torch.Tensor
-) -> dict[str, Any]:
-    """Figures of one drafter on one batch."""
-    begun = time.perf_counter()
-    with spend() as meter:
-        written = adapted.generate(
-            **batch,
-            speculate=name,
-            draft_length=args.draft_length,
-            max_new_tokens=args.new_tokens,
-            do_sample=False,
-            eos_token_id=None,
-        )
-    new = written[:, batch["input_ids"].shape[1] :]
-    same = (new == plain).long().cumprod(1).sum(1)
-    return {
-        "drafter": name,
-        "texts": len(new),
-        "identical": int((same == plain.shape[1]).sum()),
-        "same_tokens": same.tolist(),
-        "seconds": time.perf_counter() - begun,
-        "draft_bytes": meter.cost.bytes.draft,
-        "bytes": meter.cost.bytes.total,
-        "plain_bytes": meter.dense.bytes.total,
-    } | meter.speculation.to_dict()
-
-
-def print_row(row: dict[str, Any]) -> None:
-    """One line."""
-    places = " ".join(f"{share:.2f}" for share in row["acceptance_by_place"])
-    print(
-        f"{row['kind']:14} {row['drafter']:13} identical {row['identical']}/{row['texts']}  accepted "
-        f"{row['acceptance']:.3f} ({places})  {row['tokens_per_round']:.2f} tokens a round  {row['seconds']:.1f} s, "
-        f"plain {row['plain_seconds']:.1f} s",
-        flush=True,
+def steps(adapted: Adapted, tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Milliseconds of a plain step, of checks of some tokens and of a drafted token, on a full cache and on planes."""
+    form, places = CacheForm(group_size=args.group_size), tuple(args.draft_weights.split(","))
+    runtime = Runtime(
+        adapted.model, args.weights, adapted.hook_ids, cache_form=form, draft_form=DraftForm(places=places)
     )
+    rows = []
+    for size in [256, 4096] if args.contexts == "short" else map(int, args.contexts.split(",")):
+        cache = Runtime.new_cache(runtime, 1, size)
+        for states in (cache.keys, cache.values):
+            states[:, :, :, :size] = torch.randn(states[:, :, :, :size].shape)
+        cache.lengths.fill_(size)
+        held = {"full": cache, "planes": PlaneCache.of(cache, args.group_size)}
+        runs: dict[tuple[str, str], Callable[[], None]] = {}
+        for name, one in held.items():
+            batch = Batch(runtime, one, torch.tensor([size]), torch.empty(0))
+            for number in (1, 2, 3, 5, 7):
+                runs[name, f"check of {number}"] = lambda batch=batch, number=number: one_check(
+                    batch, number, draft=False
+                )
+            runs[name, "draft"] = lambda batch=batch: one_check(batch, 1, draft=True)
+        times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+        for _ in range(12):
+            for key, run in runs.items():
+                begun = time.perf_counter()
+                run()
+                times[key].append(time.perf_counter() - begun)
+        for name in held:
+            row = {what: 1e3 * median(found[1:]) for (one, what), found in times.items() if one == name}
+            rows.append({"tokens": size, "cache": name} | row)
+            print(size, name, "  ".join(f"{what} {ms:.1f} ms" for what, ms in row.items()), flush=True)
+    return rows
+
+
+def one_check(batch: Batch, number: int, *, draft: bool) -> None:
+    """Read some tokens and forget them."""
+    if batch.cache.body is not None:
+        batch.cache.body.bits = 4 if draft else 8
+    batch.check(torch.arange(5, 5 + number), None, [number], is_draft=draft)
+    batch.take_back(torch.tensor([number]))
 
 
 def perplexity(adapted: Adapted, tokenizer: Any, args: argparse.Namespace) -> dict[str, float]:
@@ -154,64 +355,39 @@ def memory(adapted: Adapted, num_tokens: int) -> dict[str, Any]:
     return out
 
 
-def bound(adapted: Adapted, rows: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, float]:
-    """The most that the 4-bit draft could gain at some contexts, in 16-bit numbers, with the acceptance measured."""
-    drafted = [row for row in rows if row["drafter"] == "self"]
-    acceptance = sum(row["accepted"] for row in drafted) / sum(row["drafted"] for row in drafted)
-    geometry, method = adapted.geometry, QuantSpec()
-    twins = [module for module in adapted.model.modules() if isinstance(module, TwinLinear)]
-    saved = sum(3 * one.weight.numel() // 2 - 4 * (one.weight.numel() // one.group_size) for one in twins)
-    out = {"acceptance": acceptance}
-    for past in (512, 2048, 4096, 8000):
-        plain = rheostat.Method().cost(geometry, num_tokens=1, past=past).bytes.total
-        body8, body4 = (method.cache_savings(geometry, past, 2, bits) for bits in (8, 4))
-        out[str(past)] = speedup_bound(
-            acceptance=acceptance,
-            draft_length=args.draft_length,
-            plain_bytes=plain,
-            draft_bytes=plain - saved - body4,
-            check_bytes=plain - body8,
-        )
-    return out
-
-
 def main() -> None:
     """Run the parts asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--parts", default="decode,perplexity,memory,bound")
-    parser.add_argument("--drafters", default=",".join(DRAFTERS))
-    parser.add_argument("--prompts", type=int, default=4, help="of each kind")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--longest", type=int, default=512, help="tokens of a prompt")
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--parts", default="speed")
+    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--contexts", default="short", help="numbers of tokens, or short")
+    parser.add_argument("--weights", default="bf16")
+    parser.add_argument("--prompts", type=int, default=1, help="of each kind or context")
+    parser.add_argument("--longest", type=int, default=1024, help="tokens of a short prompt")
+    parser.add_argument("--new-tokens", type=int, default=90)
     parser.add_argument("--draft-length", type=int, default=4)
-    parser.add_argument("--draft-weights", default="ffn,attention")
+    parser.add_argument("--draft-weights", default="ffn,attention,head")
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window", type=int, default=1024)
     args = parser.parse_args()
     found, tokenizer = rheostat.load(args.model, dtype="float32")
     adapted = found if isinstance(found, Adapted) else Adapted(found)
-    weights = tuple(part for part in args.draft_weights.split(",") if part)
-    method = QuantSpec(group_size=args.group_size, draft_weights=weights, remember_views=True)
-    method.attach(adapted.model)
-    adapted.method = Chain([adapted.method, method] if adapted.method.stages else [method])
-    parts, figures = args.parts.split(","), {"settings": {k: str(v) for k, v in vars(args).items()}}
-    rows: list[dict[str, Any]] = []
-    if "decode" in parts:
-        figures["decode"] = rows = decode(adapted, tokenizer, args)
-    if "perplexity" in parts:
-        figures["perplexity"] = perplexity(adapted, tokenizer, args)
-        print(figures["perplexity"], flush=True)
-    if "memory" in parts:
-        figures["memory"] = memory(adapted, 8192)
-        print(figures["memory"], flush=True)
-    if "bound" in parts and rows:
-        figures["bound"] = bound(adapted, rows, args)
-        print(figures["bound"], flush=True)
-    print(json.dumps(figures | {"provenance": provenance(seed=0)}))
+    parts, out = args.parts.split(","), {"settings": {k: str(v) for k, v in vars(args).items()}}
+    made: dict[str, Callable[[], Any]] = {
+        "speed": lambda: speed(adapted, tokenizer, args),
+        "steps": lambda: steps(adapted, tokenizer, args),
+        "perplexity": lambda: perplexity(adapted, tokenizer, args),
+        "memory": lambda: memory(adapted, 8192),
+    }
+    figures_of = {part: made[part]() for part in parts}
+    for part in parts:
+        if part not in ("speed", "steps"):
+            print(part, figures_of[part], flush=True)
+    print(json.dumps(out | figures_of | {"provenance": provenance(seed=0)}))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import pytest
 
 from rheostat import bases
 from rheostat.bases import base_facts
-from rheostat.models import BUNDLED, STAMP
+from rheostat.checkpoints import BUNDLED
+from rheostat.conversion import STAMP
 
 
 def loaded_from(place: object) -> Any:

@@ -15,7 +15,9 @@ from rheostat.cost import (
     dense_cost,
     ffn_cost,
     head_cost,
+    prediction_cost,
     router_cost,
+    rows_cost,
     seen,
 )
 from rheostat.geometry import Geometry
@@ -138,3 +140,19 @@ def test_a_side_pass_goes_to_one_part_and_keeps_its_scores():
 
 def test_routers():
     assert router_cost(50, 3, 2) == Cost(flops=Parts(router=300), bytes=Parts(router=100))
+
+
+def test_rows_of_several_lengths_share_the_reading_of_weights():
+    one, other = (
+        dense_cost(SMALL, num_tokens=new, past=past, num_logits=0, itemsize=2) for past, new in ((0, 4), (7, 2))
+    )
+    weights = dense_cost(SMALL, num_tokens=0, past=0, num_logits=0, itemsize=2)
+    counts = [(0, 4), (7, 2), (0, 4)]
+    assert rows_cost(SMALL, counts, SMALL.num_layers, 2) == one.times(2) + other + weights.times(-2)
+    assert rows_cost(SMALL, counts, 0, 2).flops.ffn == 0
+
+
+def test_predicted_layers():
+    cost = prediction_cost(SMALL, 3, 50, 10, 2)
+    assert cost.flops == Parts(auxiliary=2 * 50 * 10)
+    assert cost.bytes == Parts(auxiliary=2 * 50, scores=3 * SMALL.kv_values * 10 * 2)

@@ -50,6 +50,13 @@ def test_head_width_and_kv_heads_have_defaults():
     assert geometry.kv_values == 2 * 4 * 8
 
 
+def test_the_first_layers_keep_their_windows():
+    geometry = Geometry.from_config(tiny_model("gemma3_text").config)
+    first = geometry.first_layers(1)
+    assert (first.num_layers, first.windows) == (1, geometry.windows[:1])
+    assert first.ffn_weights == geometry.ffn_weights
+
+
 def test_a_model_without_the_sizes_is_refused():
     with pytest.raises(
         SettingError, match=r"model='gpt2': must be a decoder whose configuration has intermediate_size"

@@ -19,11 +19,11 @@ SOURCE = Path(__file__).parents[1] / "src" / "rheostat"
 
 LAYERS = (
     ("errors",),
-    ("geometry", "config", "folders", "provenance", "processes", "terminal"),
+    ("geometry", "config", "folders", "provenance", "processes", "terminal", "checkpoints"),
     ("report.*",),
     ("cost",),
     ("meter",),
-    ("spending", "families"),
+    ("spending", "families", "conversion"),
     ("text", "models", "sampling", "losses", "bases"),
     ("runtime.weights", "kernels.*"),
     ("caches.*", "speculate.drafter"),
@@ -32,7 +32,7 @@ LAYERS = (
     ("methods.*",),
     ("methods",),
     ("dial",),
-    ("runtime.*",),
+    ("runtime.*", "passes"),
     ("adapted",),
     ("decode", "calibration"),
     ("artifact",),

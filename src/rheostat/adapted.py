@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from rheostat import families
-from rheostat.caches.hierarchical import HierarchicalCache
-from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
 from rheostat.dial import Dial
 from rheostat.geometry import Geometry
 from rheostat.kernels import library
-from rheostat.methods.base import MeteredFFN, Method
+from rheostat.methods.base import Method
+from rheostat.passes import PassHooks
 from rheostat.runtime.building import Unsupported
-from rheostat.runtime.choosing import KNOWN_STAGES, OWN_GENERATE, check_runtime, refuse
+from rheostat.runtime.choosing import FORMED_STAGES, KNOWN_STAGES, OWN_GENERATE, check_runtime, refuse
 from rheostat.runtime.engine import Runtime, Runtimes
 from rheostat.runtime.generating import generate
 from rheostat.runtime.packing import check_format
-from rheostat.speculate.drafter import Drafter
+from rheostat.runtime.speculating import NativeHost
+from rheostat.speculate.drafter import Drafter, Host
+from rheostat.speculate.generating import DRAFT_LENGTH, make_drafter
 from rheostat.speculate.generating import generate as draft_and_check
-from rheostat.speculate.generating import make_drafter
+from rheostat.speculate.pacing import Pace
 from rheostat.spending import (
     Compute,
-    Pass,
-    current_pass,
-    current_phase,
     current_spending,
-    enter_pass,
     register_dial,
     spend,
     unregister_dial,
@@ -53,7 +47,7 @@ class Adapted(nn.Module):
     `forward` and `generate` are the host model's own; they obey the `compute` of the enclosing `rheostat.spend`, and
     run dense outside it. The host stays reachable as `.model`, and `detach()` gives it back as it was.
 
-    Three hooks are set on the host: one announces each pass to the layers, two count attention and head.
+    Hooks on the host announce each pass to the layers and count attention and head (`passes.PassHooks`).
     """
 
     def __init__(
@@ -81,18 +75,8 @@ class Adapted(nn.Module):
         self.dial = dial or Dial()
         self.report: dict[str, Any] = dict(report or {})
         """How this model was made: filled by `adapt`, saved with the artifact."""
-        plain = sum(not isinstance(layer.mlp, MeteredFFN) for layer in families.layers(model))
-        self._num_plain_ffns = plain
-        self._read: WeakKeyDictionary[Any, tuple[int, list[int]]] = WeakKeyDictionary()
-        """Cache -> its length after the newest pass, and how many of each row's tokens are not padding: what the
-        masks of caches of a fixed size do not tell."""
         self._runtimes = Runtimes()
-        decoder, head = families.decoder(model), families.head(model)
-        self._handles = [
-            decoder.register_forward_pre_hook(self._open_pass, with_kwargs=True),
-            decoder.register_forward_hook(self._bill_decoder, with_kwargs=True),
-            head.register_forward_hook(self._bill_head),
-        ]
+        self._hooks = PassHooks(model, self.geometry, self._settings)
 
     @property
     def config(self) -> Any:
@@ -149,14 +133,36 @@ class Adapted(nn.Module):
         with nullcontext() if compute is None else spend(compute, meter=outer.meter if outer else None):
             if speculate is not None:
                 drafter = make_drafter(speculate, self.method, self.dial.low, compute=draft_compute, risk=draft_risk)
-                return draft_and_check(self.model, self.method, drafter, *args, **kwargs)
+                Pace.of(kwargs.get("draft_length", DRAFT_LENGTH))  # before anything is packed or read
+                host = None
+                if kwargs.get("past_key_values") is None:
+                    host = self.draft_host(drafter, runtime, weights)
+                return draft_and_check(self.model, self.method, drafter, *args, host=host, **kwargs)
             return self._generate(args, kwargs, runtime, weights)
+
+    def draft_host(self, drafter: Drafter, runtime: str = "auto", weights: str = "auto") -> Host | None:
+        """Our own runtime for a generation in which `drafter` drafts; None where `transformers` has to run it.
+
+        Raises:
+            SettingError: no such setting; or `native` was asked for and cannot be had.
+        """
+        try:
+            if drafter.needs_cache:
+                raise Unsupported(f"the drafter {type(drafter).__name__}, which looks into the cache")
+            native = self.runtime(runtime, weights, with_forms=True)
+            if native is not None and not self.reads_prompts_on(native):
+                raise Unsupported("drafts with a method that reads prompts itself")
+            return None if native is None else NativeHost(native, self.settings)
+        except Unsupported as reason:
+            refuse(check_runtime(runtime), reason)
+            return None
 
     def _generate(self, args: tuple[Any, ...], kwargs: dict[str, Any], runtime: str, weights: str) -> Any:
         try:
-            native = self.runtime(runtime, weights)
+            native = self.runtime(runtime, weights, with_forms=True)
             if native is not None:
-                if stages := self.method.acts_at() & OWN_GENERATE:
+                stages = self.method.acts_at() & OWN_GENERATE
+                if stages and native.ahead is None:
                     raise Unsupported(f"generate with a method at the stage {sorted(stages)[0]}")
                 return generate(self.model, native, self.settings, args, kwargs)
         except Unsupported as reason:
@@ -165,8 +171,11 @@ class Adapted(nn.Module):
             kwargs = kwargs | {"past_key_values": self.method.make_cache(self.model)}
         return self.model.generate(*args, **kwargs)
 
-    def runtime(self, runtime: str = "auto", weights: str = "auto") -> Runtime | None:
+    def runtime(self, runtime: str = "auto", weights: str = "auto", *, with_forms: bool = False) -> Runtime | None:
         """Our own runtime on this model, made when first asked for; None where `transformers` has to run it.
+
+        Args:
+            with_forms: the caller goes through `Batch`, which keeps the cache that the method asks for.
 
         Raises:
             SettingError: no such setting; or `native` was asked for and cannot be had.
@@ -176,28 +185,49 @@ class Adapted(nn.Module):
             format = check_format(weights, self.dtype)
             if runtime == "stock":
                 return None
-            if stages := self.method.acts_at() - KNOWN_STAGES:
+            stages = self.method.acts_at() - KNOWN_STAGES
+            if with_forms and self.method.cache_form() is not None and self.method.draft_form() is not None:
+                stages -= FORMED_STAGES
+            if stages:
                 raise Unsupported(f"a method at the stage {sorted(stages)[0]}")
             if (spending := current_spending()) is not None and spending.override is not None:
                 raise Unsupported("an override of the routers")
             if runtime == "auto" and library() is None:
                 raise Unsupported("this machine: there is no native code for it")
             found = self._runtimes.get(format)
-            if found is not None and not found.fits(self.model, self.hook_ids):
+            if found is not None and not found.fits(self.model):
                 self._runtimes.clear()  # the weights changed: all formats hold old ones
                 found = None
             if found is None:
-                found = self._runtimes[format] = Runtime(self.model, format, self.hook_ids)
+                found = self._runtimes[format] = self.new_runtime(format)
             return found
         except Unsupported as reason:
             refuse(runtime, reason)
             return None
 
+    def new_runtime(self, format: str) -> Runtime:
+        """Our own runtime on this model in a weight format, whatever there is already.
+
+        Raises:
+            Unsupported: there can be none.
+        """
+        method = self.method
+        return Runtime(
+            self.model,
+            format,
+            self.hook_ids,
+            cache_form=method.cache_form(),
+            draft_form=method.draft_form(),
+            ahead=method.runtime_prefill(self.model),
+        )
+
+    def reads_prompts_on(self, runtime: Runtime) -> bool:
+        """Whether the runtime reads prompts as the method does; else the method reads them itself."""
+        return runtime.ahead is not None or "prefill" not in self.method.acts_at()
+
     def detach(self) -> PreTrainedModel:
         """Take the method and the hooks off and return the host. This object is of no use afterwards."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._hooks.remove()
         self.model.__dict__.pop("_prefill", None)
         unregister_dial(self.model)
         self._runtimes.clear()
@@ -207,7 +237,7 @@ class Adapted(nn.Module):
     @property
     def hook_ids(self) -> frozenset[int]:
         """Of the hooks set on the host, as `torch` numbers them."""
-        return frozenset(handle.id for handle in self._handles)
+        return self._hooks.ids
 
     def _read_prompt(
         self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
@@ -227,31 +257,6 @@ class Adapted(nn.Module):
         logits = self.method.prefill(self.model, news, mask, cache)
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
 
-    # -- hooks
-
-    def _open_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = _new_tokens(args, kwargs)
-        num_rows, num_tokens = tokens.shape[:2]
-        cache = kwargs.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
-        phase = current_phase() or ("decode" if past and num_tokens == 1 else "prefill")
-        mask = kwargs.get("attention_mask")
-        mask = _plain_mask(mask, num_rows, num_tokens, past)
-        valid, first = _marks(mask, num_rows, num_tokens, past, tokens.device)
-        spending = current_spending()
-        settings = self._settings(phase, num_rows, tokens.device)
-        is_plain = phase == "decode" and (mask is None or bool((valid & ~first).all()))
-        enter_pass(Pass(phase, valid, first, settings, is_plain=is_plain, past=past, mask=mask))
-        if isinstance(cache, HierarchicalCache) and not past and mask is not None:
-            cache.mark_padding(mask)
-        if spending is not None:
-            full = self.geometry.ffn_size
-            spending.meter.open_pass(phase, valid, self.geometry.num_layers, full)
-            if isinstance(cache, HierarchicalCache):
-                spending.meter.add("scores", 0, -cache.saved_bytes, 0, 0)
-            if self._num_plain_ffns:
-                spending.meter.widths(valid.long() * full * self._num_plain_ffns)
-
     def settings(self, phase: str, num_rows: int) -> dict[str, torch.Tensor]:
         """The native settings [B] that the enclosing `spend` asks for in a phase; empty when all run dense."""
         return self._settings(phase, num_rows, self.device)
@@ -263,83 +268,3 @@ class Adapted(nn.Module):
         if spending.native is not None:
             return {name: torch.full((num_rows,), value, device=device) for name, value in spending.native.items()}
         return self.dial.rows(spending.rows(phase, num_rows), device)
-
-    def _bill_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        one, spending = current_pass(), current_spending()
-        if spending is None or one is None:
-            return
-        itemsize = self.dtype.itemsize
-        news = one.valid.sum(1).tolist()
-        pasts = self._pasts(one, kwargs.get("past_key_values"), news)
-        cost = attention_weight_bytes(self.geometry, itemsize)
-        for (new, past), number in Counter(zip(news, pasts, strict=True)).items():
-            cost += attention_cost(self.geometry, new, past, itemsize).times(number)
-        if self._num_plain_ffns:
-            cost += ffn_cost(self.geometry, sum(news), self._num_plain_ffns, itemsize)
-        if _new_tokens(args, kwargs).dim() == 2:  # else embeddings were given, and nothing was looked up
-            cost += embedding_cost(self.geometry, sum(news), itemsize)
-        spending.meter.bill(cost)
-
-    def _pasts(self, one: Pass, cache: Any, news: list[int]) -> list[int]:
-        """How many tokens of each row, padding left out, came before this pass's `news`."""
-        pasts = [one.past] * len(news)
-        if one.mask is not None:
-            pasts = one.mask[:, : one.past].sum(1).tolist()
-        elif one.past:
-            length, before = self._read.get(cache, (0, []))
-            if length == one.past and len(before) == len(news):  # else it was cut or re-ordered since
-                pasts = before
-        if cache is not None:
-            after = [past + new for past, new in zip(pasts, news, strict=True)]
-            self._read[cache] = (one.past + one.valid.shape[1], after)
-        return pasts
-
-    def _bill_head(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        one, spending = current_pass(), current_spending()
-        if spending is None or one is None:
-            return
-        num_logits = output.shape[:-1].numel()
-        if output.shape[:-1] == one.valid.shape:
-            num_logits = int(one.valid.sum())
-        spending.meter.bill(head_cost(self.geometry, num_logits, self.dtype.itemsize))
-
-
-def _new_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """Of one pass: token ids [B, T], or embeddings [B, T, D] where those were given."""
-    for name in ("input_ids", "inputs_embeds"):
-        if (tokens := kwargs.get(name)) is not None:
-            return tokens
-    return args[0]
-
-
-def _plain_mask(mask: Any, num_rows: int, num_tokens: int, past: int) -> torch.Tensor | None:
-    """The mask as one mark a token, [B, past + T], True where it is not padding; None where there is none to read.
-
-    For caches of a fixed size `transformers` hands over what it makes of the user's mask: [B, 1, T, S] (booleans, or
-    numbers to add to the scores), or one such for each kind of layer.
-    """
-    if isinstance(mask, Mapping):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if not isinstance(mask, torch.Tensor) or mask.shape[-1] < past + num_tokens:
-        return None
-    if mask.dim() == 2:
-        return mask.bool() if mask.shape[1] == past + num_tokens else None
-    if mask.dim() != 4 or mask.shape[2] != num_tokens:
-        return None
-    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1  # [B, T, S]
-    own = seen[:, :, past : past + num_tokens].diagonal(dim1=1, dim2=2)  # a token that is not padding sees itself
-    return torch.cat([seen[:, -1, :past], own], 1).expand(num_rows, -1)
-
-
-def _marks(
-    mask: torch.Tensor | None, num_rows: int, num_tokens: int, past: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of the new tokens [B, T] are not padding, and which are the first of their row."""
-    valid = torch.ones(num_rows, num_tokens, dtype=torch.bool, device=device)
-    first = torch.zeros_like(valid)
-    if mask is not None:
-        valid = mask[:, past:]
-        first = (mask.long().cumsum(1)[:, past:] == 1) & valid
-    elif past == 0 and num_tokens:
-        first[:, 0] = True
-    return valid, first

@@ -13,6 +13,7 @@ that count: a kernel that computes the whole square, as eager attention does, ru
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 
@@ -146,6 +147,23 @@ def head_cost(geometry: Geometry, num_tokens: int, itemsize: int) -> Cost:
 def embedding_cost(geometry: Geometry, num_tokens: int, itemsize: int) -> Cost:
     """Looking up the rows of `num_tokens` tokens."""
     return Cost(bytes=Parts(embeddings=geometry.hidden_size * num_tokens * itemsize))
+
+
+def rows_cost(geometry: Geometry, counts: Iterable[tuple[int, int]], num_ffns: int, itemsize: int) -> Cost:
+    """One pass without the head over rows of so many (cached, new) tokens; the dense FFNs of `num_ffns` layers."""
+    cost, total = attention_weight_bytes(geometry, itemsize), 0
+    for (past, new), number in Counter(counts).items():
+        cost += attention_cost(geometry, new, past, itemsize).times(number)
+        total += new * number
+    return cost + ffn_cost(geometry, total, num_ffns, itemsize) + embedding_cost(geometry, total, itemsize)
+
+
+def prediction_cost(geometry: Geometry, num_layers: int, num_weights: int, num_tokens: int, itemsize: int) -> Cost:
+    """Maps of `num_weights` weights in all that predict what `num_layers` layers cache for `num_tokens` tokens, keys
+    and values written once."""
+    written = num_layers * geometry.kv_values * num_tokens
+    cost = router_cost(num_weights, num_tokens, itemsize).charged_to("auxiliary")
+    return cost + Cost(bytes=Parts(scores=written * itemsize))
 
 
 def dense_cost(

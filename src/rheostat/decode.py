@@ -66,7 +66,7 @@ def stream(
     if mask.shape != input_ids.shape or not bool(mask[:, -1].all()):
         allowed = f"{list(input_ids.shape)}, with padding on the left only"
         raise bad_setting("attention_mask", f"{list(mask.shape)}", allowed)
-    native = adapted.runtime(runtime, weights)
+    native = adapted.runtime(runtime, weights, with_forms=True)
     started = time.perf_counter()
     passes = (
         _Stock(adapted, input_ids, mask)
@@ -130,7 +130,7 @@ def _start_native(
     adapted: Adapted, runtime: Runtime, input_ids: torch.Tensor, mask: torch.Tensor, num_new: int, wanted: str
 ) -> _Stock | _Native:
     """A prompt read by our runtime; or by the method that acts at prefill, and then we go on from its cache."""
-    if "prefill" not in adapted.method.acts_at():
+    if adapted.reads_prompts_on(runtime):
         settings = adapted.settings("prefill", len(input_ids))
         return _Native(adapted, Batch.read(runtime, input_ids, mask, settings, num_new=num_new))
     stock = _Stock(adapted, input_ids, mask)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rheostat.errors import bad_setting
@@ -60,6 +60,10 @@ class Geometry:
             is_tied=bool(getattr(config, "tie_word_embeddings", False)),
             windows=windows if any(windows) else (),
         )
+
+    def first_layers(self, num_layers: int) -> Geometry:
+        """The sizes of the first `num_layers` layers alone."""
+        return replace(self, num_layers=num_layers, windows=self.windows[:num_layers])
 
     @property
     def attention_weights(self) -> int:

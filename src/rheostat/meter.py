@@ -45,6 +45,8 @@ class Speculation:
     """At each place of the draft, in how many rounds a token was drafted there."""
     accepted: list[int] = field(default_factory=list)
     """And in how many of these it was accepted."""
+    verdict: str = ""
+    """What `draft_length="auto"` made of the times it measured; empty where it was not asked."""
 
     def add(self, num_drafted: int, num_accepted: int) -> None:
         """One row's round."""
@@ -80,6 +82,7 @@ class Speculation:
             "acceptance": self.acceptance,
             "acceptance_by_place": self.by_place,
             "tokens_per_round": self.tokens_per_round,
+            "verdict": self.verdict,
         }
 
 
@@ -171,6 +174,8 @@ class Meter:
         for layer in sorted(self.expert_counts):
             yield self.expert_counts[layer], self._sizes[layer]
 
+    side_bytes: dict[str, int] = field(default_factory=dict, repr=False)
+    """Bytes charged to side passes, by the part that they would have been: 4-bit weights save a share of them."""
     _charged: str | None = field(default=None, repr=False)
     _is_checking: bool = field(default=False, repr=False)
     _sizes: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
@@ -232,9 +237,13 @@ class Meter:
         else:
             self.num_decode_tokens += num_tokens
 
-    def add(self, part: str, flops: int, num_bytes: int, dense_flops: int, dense_bytes: int) -> None:
-        """Add to one part what was spent, and what the dense model would have spent in its place."""
+    def add(
+        self, part: str, flops: int, num_bytes: int, dense_flops: int, dense_bytes: int, *, own_bytes: int = 0
+    ) -> None:
+        """Add to one part what was spent, and what the dense model would have spent in its place. Of the bytes,
+        `own_bytes` are of weights that the method brought along, of which no draft has a smaller copy."""
         if self._charged is not None:
+            self.side_bytes[part] = self.side_bytes.get(part, 0) + num_bytes - own_bytes
             part = part if part == "scores" else self._charged
             dense_flops = dense_bytes = 0
         if self._is_checking:

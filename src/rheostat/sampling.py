@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from rheostat.errors import bad_setting
@@ -32,8 +33,19 @@ class Sampling:
 def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> torch.Tensor:
     """Draw one token a row from logits [B, V]. Returns [B] int64."""
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return most_likely(logits)
     return torch.multinomial(probabilities(logits, sampling), 1, generator=generator)[:, 0]
+
+
+def most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """The most likely token [...] of logits [..., V]; the first of several alike.
+
+    On a CPU not by torch, which would wake a thread for so many numbers: it then spins, on a core that the next step
+    needs.
+    """
+    if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.float64):
+        return logits.argmax(-1)
+    return torch.from_numpy(np.asarray(logits.detach().numpy().argmax(-1)))
 
 
 def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:

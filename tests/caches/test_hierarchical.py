@@ -9,14 +9,9 @@ import torch
 from transformers import DynamicCache
 
 from rheostat.adapted import Adapted
-from rheostat.caches.hierarchical import (
-    SPARE,
-    HierarchicalCache,
-    HierarchicalLayer,
-    body_length,
-    cache_bytes,
-    saved_bytes,
-)
+from rheostat.caches.counting import body_length, saved_bytes
+from rheostat.caches.hierarchical import HierarchicalCache, cache_bytes
+from rheostat.caches.layer import SPARE, HierarchicalLayer
 from rheostat.errors import SettingError
 from rheostat.methods import QuantSpec
 from tests.tiny import tiny_model, tiny_windows

@@ -191,18 +191,25 @@ def test_bytes_that_are_no_text_come_as_the_tokenizer_decodes_them(token_ids: li
     assert written(token_ids)[0] == TOKENIZER.decode(token_ids, clean_up_tokenization_spaces=False)
 
 
-def test_a_draft_writes_the_same_answer_and_says_how_it_went(rheostat, dial_folder: Path):
+PLAIN = "a plain model"
+
+
+def test_a_draft_writes_the_same_answer_and_says_how_it_went(rheostat, dial_folder: Path, tmp_path: Path):
     arguments = ("generate", dial_folder, "Hello hello hello", "--max-new-tokens", 20, "--json")
     plain = rheostat(*arguments).figures["answers"][0]
-    for name in ("prompt_lookup", "low_dial"):
-        done = rheostat(*arguments, "--draft", name, "--draft-length", 3)
+    for name, length in (("prompt_lookup", 3), ("low_dial", 3), (PLAIN, 3), ("low_dial", "auto")):
+        if name is PLAIN:
+            name = tmp_path / "plain"
+            rheostat("export", dial_folder, "--compute", 1.0, "--out", name)
+        done = rheostat(*arguments, "--draft", name, "--draft-length", length)
         assert done.status == 0, done.err
         answer = done.figures["answers"][0]
         assert answer["token_ids"] == plain["token_ids"]
         assert answer["ffn_fractions"] == plain["ffn_fractions"]
         drafts = answer["bill"]["speculation"]
         assert drafts["rounds"] + drafts["accepted"] == len(plain["token_ids"]) - 1
-        assert len(drafts["acceptance_by_place"]) <= 3
+        assert len(drafts["acceptance_by_place"]) <= (3 if length == 3 else 6)
+        assert name != tmp_path / "plain" or drafts["accepted"] == drafts["drafted"]  # the model itself, by its path
         assert f"{drafts['accepted']} of {drafts['drafted']} accepted" in done.out
     assert plain["bill"]["speculation"] is None
 
@@ -213,6 +220,12 @@ def test_a_draft_writes_the_same_answer_and_says_how_it_went(rheostat, dial_fold
         (("--draft", "magic"), "speculate='magic': must be one of"),
         (("--draft", "self"), "has no draft of its own"),
         (("--draft", "prompt_lookup", "--draft-length", 0), "draft_length=0"),
+        (
+            ("--draft", "prompt_lookup", "--draft-length", 65),
+            "draft_length=65: must be an integer from 1 to 64, or auto",
+        ),
+        (("--draft", "prompt_lookup", "--draft-length", "some"), "draft_length='some'"),
+        (("--draft", "no/such/model"), "no/such/model"),
         (("--draft", "prompt_lookup", "--draft-risk", 0), "risk=0"),
     ],
 )

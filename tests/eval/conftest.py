@@ -46,6 +46,17 @@ FILES: dict[str, list[dict[str, Any]]] = {
         for subject in ("abstract_algebra", "anatomy")
         for n in range(3)
     ],
+    "mc/mmlu_dev.jsonl.gz": [
+        {
+            "subject": subject,
+            "row": n,
+            "question": f"{subject[:3]}{n}",
+            "choices": ["a", "b", "c", "d"],
+            "answer": n % 4,
+        }
+        for subject in ("abstract_algebra", "anatomy")
+        for n in (3, 5, 0, 1, 2, 4)
+    ],
     "text/lambada_test.jsonl.gz": [{"text": f"He counted to {n}, and then he said: {n}"} for n in range(6)],
 }
 

@@ -61,12 +61,13 @@ def test_every_task_at_two_dials(adapted, tiny_tokenizer, data_folder):
     assert any(metric.difference for run in runs for metric in run.metrics.values())
     by_task = {run.task: run for run in runs}
     for task, run in by_task.items():
-        names = {"acc"} if task in ("boolq", "winogrande", "mmlu") else {"acc", "acc_norm"}
+        names = {"acc"} if task in ("boolq", "winogrande", "mmlu", "mmlu_5shot") else {"acc", "acc_norm"}
         names = {"lambada_openai": {"perplexity", "acc"}}.get(task, names)
         assert set(run.metrics) == {"wikitext": {"word_perplexity", "byte_perplexity", "bits_per_byte"}}.get(
             task, names
         )
     rows = {"hellaswag": 8, "arc_easy": 5, "arc_challenge": 3, "openbookqa": 4, "boolq": 4, "winogrande": 4, "mmlu": 6}
+    rows["mmlu_5shot"] = 6
     assert {task: run.num_rows for task, run in by_task.items()} == rows | {"wikitext": 2, "lambada_openai": 6}
     assert by_task["hellaswag"].num_requests == 32
     assert by_task["hellaswag"].num_truncated > 0  # the tiny model reads 256 bytes

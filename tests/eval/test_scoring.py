@@ -16,6 +16,7 @@ from rheostat.eval.scoring import score, score_forward, scores_by_step
 from rheostat.methods.base import Method
 from rheostat.methods.chain import Chain
 from rheostat.spending import spend
+from tests.methods.kv_prediction.given import given as predicting
 from tests.tiny import CONTRACT_FAMILIES, tiny_adapted, tiny_model
 
 REQUESTS = [
@@ -106,6 +107,32 @@ def test_a_method_that_changes_the_prefill_shows():
     model = tiny_model()
     wanted = [by_hand(model, Request(request.context[-2:], request.continuation)) for request in REQUESTS]
     assert_alike(scored(Adapted(model, Forgetful()), REQUESTS), wanted)
+
+
+def test_predicted_prompts_show_and_are_billed():
+    adapted = predicting()
+    low = adapted.dial.low
+    with spend(low) as meter:
+        found = scored(adapted, REQUESTS, compute=low, meter=meter)
+    wanted = []
+    with spend(low), torch.no_grad():
+        for request in REQUESTS:
+            cache = adapted.method.make_cache(adapted.model)
+            mask, logs = torch.ones(1, len(request.context), dtype=torch.long), []
+            logits = adapted.method.prefill(adapted.model, torch.tensor([request.context]), mask, cache)
+            for token in request.continuation:
+                logs.append((logits.double().log_softmax(-1)[0, token].item(), int(logits.argmax()) == token))
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                logits = adapted.method.decode(adapted.model, torch.tensor([[token]]), mask, cache)
+            wanted.append((sum(log for log, _ in logs), all(hit for _, hit in logs)))
+    assert_alike(found, wanted)
+    dense = [by_hand(adapted.model, request)[0] for request in REQUESTS]
+    differ = [abs(a - b) > 1e-3 for (a, _), b in zip(found, dense, strict=True)]
+    assert differ == [len(request.context) > 1 for request in REQUESTS]  # of one token, nothing can be predicted
+    assert meter.compute < 1
+    # Contexts that are shared are read once; their last tokens are the model's own.
+    assert meter.num_side_tokens["auxiliary"] == 3 + 29 + 16
+    assert_alike(scored(adapted, REQUESTS), [by_hand(adapted.model, request) for request in REQUESTS])
 
 
 @dataclass(frozen=True, kw_only=True)

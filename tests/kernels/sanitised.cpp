@@ -83,8 +83,12 @@ static void attentions(int threads) {
 static void steps(int format, int group, int threads) {
     const int d = 37, heads = 4, kv = 2, dim = 10, u = 5, v = 41, num_layers = 2, slots = 70;
     const int32_t sizes[] = {32, 96, 150};
-    for (int rows : {1, 6})
+    for (int cached : {1, 4})
         for (int rule : {0, 1}) {
+            // a token a row; then a draft in each row (none in the third) behind a body in planes
+            const int32_t firsts[] = {0, 3, 4, 4, 6};
+            const bool is_draft = rule == 1;
+            const int rows = is_draft ? firsts[cached] : cached;
             Packed q(format, group, heads * dim, d), k(format, group, kv * dim, d), o(format, group, d, heads * dim);
             Packed gate(format, group, 150, d), down(format, group, d, 150), head(format, group, v, d), inner(kFloat32, 0, u, d);
             Floats norm(d), head_norm(dim), bias(heads * dim), inner_bias(u), outer(3 * u), outer_bias(3);
@@ -93,15 +97,24 @@ static void steps(int format, int group, int threads) {
             Layer layers[num_layers];
             for (Layer& layer : layers)
                 layer = {norm, norm, q.m, k.m, k.m, o.m, bias, nullptr, bias, norm, head_norm, head_norm,
-                         {gate.m, gate.m, &down.m, biases, sizes, 3, 1, 0}, router, 1, rule ? 9 : 0};
-            const size_t n = (size_t)num_layers * rows * kv * slots * dim;
+                         {gate.m, gate.m, &down.m, biases, sizes, 3, 1, 0}, router, 1, rule ? 0 : 9};
+            const int tokens = 20, padded = 32, wide = 16, capacity = 3, bits = format % 2 ? 8 : 4;
+            const size_t blocks = (size_t)num_layers * cached * kv * capacity;
+            std::unique_ptr<uint8_t[]> upper(new uint8_t[blocks * padded * wide]()), lower(new uint8_t[blocks * padded * wide]());
+            std::unique_ptr<uint16_t[]> scales(new uint16_t[blocks * (2 * dim + 2 * padded)]());
+            const int32_t groups[] = {3, 0, 2, 1};
+            Planes planes = {upper.get(), bits == 4 ? nullptr : lower.get(), (uint8_t*)scales.get(), groups, capacity,
+                             tokens, dim, bits, cached};
+            const size_t n = (size_t)num_layers * cached * kv * slots * dim;
             std::unique_ptr<uint16_t[]> keys(new uint16_t[n]()), values(new uint16_t[n]());
             Decoder decoder = {layers, num_layers, d, 4, 1e-5f, norm, head.m, {heads, kv, dim, kFloat16, slots, 0.3f, 0}};
             Floats hidden(rows * d), settings(rows), cos(80 * 4), sin(80 * 4), logits(rows * v);
             std::unique_ptr<int64_t[]> positions(new int64_t[rows]), experts(new int64_t[rows * num_layers]);
-            std::unique_ptr<int32_t[]> lengths(new int32_t[rows]), starts(new int32_t[rows]);
-            for (int r = 0; r < rows; r++) lengths[r] = positions[r] = slots - 1 - r, starts[r] = r, settings[r] = r % 2 * 0.5f;
-            Step step = {hidden, positions.get(), settings, lengths.get(), starts.get(), (uint8_t*)keys.get(),
+            std::unique_ptr<int32_t[]> lengths(new int32_t[cached]), starts(new int32_t[cached]);
+            for (int b = 0; b < cached; b++) lengths[b] = slots - 3 - b, starts[b] = b;
+            for (int r = 0; r < rows; r++) positions[r] = slots - 1 - r, settings[r] = r % 2 * 0.5f;
+            NewTokens now = {lengths.get(), starts.get(), is_draft ? firsts : nullptr, is_draft ? &planes : nullptr, cached};
+            Step step = {hidden, positions.get(), settings, now, (uint8_t*)keys.get(),
                          (uint8_t*)values.get(), (int64_t)n / num_layers, cos, sin, logits, experts.get(), rows};
             rheostat_step(&decoder, &step, threads);
         }

@@ -33,8 +33,7 @@ def routed(target: str) -> torch.nn.Module:
     method = DynaMoE(num_experts=4, tile=4, router_width=8, router_steps=20, target=target)
     adapted = Adapted(host, method)
     adapted.method.fit(host, tiny_windows(), generator=torch.Generator().manual_seed(0))
-    for handle in adapted._handles:
-        handle.remove()
+    adapted._hooks.remove()
     return host
 
 

@@ -172,7 +172,8 @@ def test_attention(dtype, num_rows, num_kv_heads, group, num_slots, head_dim, so
     finally:
         torch.set_num_threads(before)
     wanted = plain.decode_attention(q, keys, values, lengths, starts, **options)
-    assert torch.allclose(y, wanted, rtol=1e-4, atol=1e-5)
+    near = 1e-2 if dtype == torch.bfloat16 else 1e-5  # weights of bfloat16 values may be rounded to that
+    assert torch.allclose(y, wanted, rtol=1e-4, atol=near)
 
 
 def test_scores_of_any_size():

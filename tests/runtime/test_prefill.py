@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from rheostat.runtime.building import build
 from rheostat.runtime.cache import KVCache
 from rheostat.runtime.packing import prefill_form
-from rheostat.runtime.plain import nested_ffn, product
-from rheostat.runtime.prefill import Prompt, causal, grouped_ffn, prefill, whole_ffn
+from rheostat.runtime.plain import nested_ffn, product, rms_norm
+from rheostat.runtime.prefill import (
+    Prompt,
+    causal,
+    embed,
+    grouped_ffn,
+    prefill,
+    run_layers,
+    set_lengths,
+    whole_ffn,
+)
 from rheostat.runtime.rope import RopeTable
 from tests.tiny import VOCAB, tiny_adapted, tiny_model
 
@@ -49,12 +60,51 @@ def test_logits_and_cache_are_those_of_transformers(family):
                     torch.testing.assert_close(ours[layer, row, :, :length], other[row, :, -length:])
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "smollm3"])
+@torch.inference_mode()
+def test_ranges_of_layers_and_pieces_of_prompts(family):
+    """All tokens through the first layer, then each row's last tokens alone through the second, on what the first piece
+    left there; rows of the cache in another order."""
+    model = tiny_model(family)
+    if family == "mistral":
+        model.config.sliding_window = 8
+    weights = build(model)
+    rope = RopeTable(weights.inv_freq)
+    wanted, dense, _ = read(weights)
+    cache = KVCache(num_layers=2, num_rows=4, num_kv_heads=2, head_dim=8)
+    rows = [2, 0, 3]
+    prompt = Prompt.of(IDS, MASK, rows=rows)
+    h = embed(weights, prompt)
+    assert run_layers(weights, range(1), h, prompt, cache, None, rope) is None
+    assert not cache.keys[1].any()
+    assert not cache.lengths.any()
+    halfway, outs = h.split(list(LENGTHS)), []
+    for row, length in enumerate(LENGTHS):
+        cuts = [0, length // 2, length - 1, length] if length > 1 else [0, 1]
+        for start, stop in pairwise(cuts):
+            ids = IDS[row : row + 1, 40 - length + start : 40 - length + stop]
+            piece = Prompt.of(ids, None, rows=[rows[row]], pasts=[start])
+            one = halfway[row][start:stop].clone()
+            run_layers(weights, range(1, 2), one, piece, cache, None, rope)
+        outs.append(one[-1])
+    set_lengths(cache, prompt)
+    assert cache.lengths.tolist() == [1, 0, 40, 23]
+    logits = product(weights.head, rms_norm(torch.stack(outs), weights.final_norm, weights.eps))
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+    for row, length in zip(rows, LENGTHS, strict=True):
+        mine = rows.index(row)
+        torch.testing.assert_close(cache.keys[:, row, :, :length], dense.keys[:, mine, :, :length])
+        torch.testing.assert_close(cache.values[:, row, :, :length], dense.values[:, mine, :, :length])
+
+
 @pytest.mark.parametrize("length", [256, 257, 400, 512, 513])
 @pytest.mark.parametrize("window", [0, 100])
-def test_attention_in_parts(length, window):
+@pytest.mark.parametrize("past", [0, 1, 150])
+def test_attention_in_parts(length, window, past):
     generator = torch.Generator().manual_seed(length)
-    q, k, v = (torch.randn(heads, length, 8, generator=generator) for heads in (4, 2, 2))
-    back = torch.arange(length)[:, None] - torch.arange(length)
+    q = torch.randn(4, length, 8, generator=generator)
+    k, v = (torch.randn(2, past + length, 8, generator=generator) for _ in range(2))
+    back = torch.arange(past, past + length)[:, None] - torch.arange(past + length)
     seen = (back >= 0) & ((back < window) if window else True)
     scores = torch.einsum("htd,hsd->hts", q, k.repeat_interleave(2, 0)) * 0.3
     wanted = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import random
 import time
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from rheostat.decode import stream
 from rheostat.sampling import Sampling
@@ -56,6 +58,10 @@ class Inbox:
         while not self.seen or not isinstance(self.seen[-1], Done | Failed):
             self.seen.append(self.events.get(timeout=30))
         return self.seen[-1]
+
+    def begin(self) -> None:
+        """Wait for the first event."""
+        self.seen.append(self.events.get(timeout=30))
 
     def text(self, row: int = 0) -> str:
         """Of one row."""
@@ -161,15 +167,19 @@ class Breaking:
 
     def __init__(self, inner: Backend, *, prompt_length: int = -1, at_step: int = -1) -> None:
         self.inner, self.prompt_length, self.at_step = inner, prompt_length, at_step
-        self.name, self.is_batched, self.victim, self.steps = inner.name, inner.is_batched, None, 0
+        self.name, self.is_batched, self.reads_pieces = inner.name, inner.is_batched, inner.reads_pieces
 
     def join(self, joins: Any) -> None:
         if any(len(one.rows[0].prompt) == self.prompt_length for one in joins):
             raise MemoryError("a prompt like this")
         self.inner.join(joins)
 
+    def read(self, join: Any, start: int, stop: int) -> None:
+        if stop == self.prompt_length:
+            raise MemoryError("a prompt like this")
+        self.inner.read(join, start, stop)
+
     def step(self, rows: Any, token_ids: Any, computes: Any) -> None:
-        self.steps += 1
         if self.at_step >= 0 and any(len(row.prompt) == self.at_step for row in rows):
             raise RuntimeError("a row like this")
         self.inner.step(rows, token_ids, computes)
@@ -188,11 +198,124 @@ def test_a_request_that_breaks_touches_no_other(tiny: Tiny, backend: Backend, wh
         inboxes = {name: submit(engine, job(tiny, name, 0.8, 9)) for name in ("one", "seven77", "three")}
         failed = inboxes.pop("seven77").wait()
         assert isinstance(failed, Failed)
-        assert failed.status == 500
+        assert failed.status == (503 if where == "prompt_length" else 500)  # memory, and anything else
         for name, inbox in inboxes.items():
             assert inbox.text() == tiny.offline(name, 0.8, 9)
         until(lambda: engine.scheduler.is_idle)
         assert engine.is_alive
+
+
+PIECES = Limits(rows=5, prefill_tokens=8)
+
+
+def test_long_prompts_are_read_in_pieces_with_the_same_answer_and_bill(tiny: Tiny, backend: Backend):
+    jobs = [job(tiny, "water " * count + str(count), compute, 12) for count, compute in ((9, 0.8), (1, 1.0), (7, 0.75))]
+    jobs += [job(tiny, "stone " * 8, 1.0, 8, n=2, sampling=Sampling(temperature=1.0), seed=3)]
+    with working(tiny, backend) as engine:
+        whole = [submit(engine, one) for one in jobs]
+        bills = [inbox.wait().bill for inbox in whole]
+    with working(tiny, backend, limits=PIECES) as engine:
+        inboxes = [submit(engine, one) for one in jobs]
+        for one, inbox, at_once, bill in zip(jobs, inboxes, whole, bills, strict=True):
+            assert [inbox.text(row) for row in range(one.n)] == [at_once.text(row) for row in range(one.n)]
+            found = inbox.wait().bill
+            assert (found.flops, found.tokens_by_width) == (bill.flops, bill.tokens_by_width)
+
+
+def test_others_write_between_the_pieces_of_a_long_prompt(tiny: Tiny):
+    backend = make_backend(tiny.adapted)
+    order: list[str] = []
+    watched = Watched(backend, order)
+    with working(tiny, watched, limits=PIECES) as engine:
+        first = submit(engine, job(tiny, "stone", 0.8, 60))
+        first.begin()
+        long = submit(engine, job(tiny, "water " * 10, 1.0, 4))
+        short = submit(engine, job(tiny, "short", 1.0, 4))
+        assert short.text() == tiny.offline("short", 1.0, 4)
+        assert long.text() == tiny.offline("water " * 10, 1.0, 4)
+        assert first.text() == tiny.offline("stone", 0.8, 60)
+    pieces = [k for k, one in enumerate(order) if one == "piece"]
+    assert len(pieces) == 8  # 60 tokens, by 8
+    assert all("step" in order[a:b] for a, b in itertools.pairwise(pieces))
+    assert "join" in order[pieces[0] : pieces[-1]]  # the short one has not waited for all of the long one
+
+
+class Watched(Breaking):
+    """A backend that writes down what it does."""
+
+    def __init__(self, inner: Backend, order: list[str]) -> None:
+        super().__init__(inner)
+        self.order = order
+
+    def join(self, joins: Any) -> None:
+        self.order.append("join")
+        super().join(joins)
+
+    def read(self, join: Any, start: int, stop: int) -> None:
+        assert stop - start <= PIECES.prefill_tokens
+        self.order.append("piece")
+        super().read(join, start, stop)
+
+    def step(self, rows: Any, token_ids: Any, computes: Any) -> None:
+        self.order.append("step")
+        super().step(rows, token_ids, computes)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "broken"])
+def test_a_prompt_that_ends_between_its_pieces(tiny: Tiny, how: str):
+    backend = make_backend(tiny.adapted)
+    breaks = Breaking(backend, prompt_length=24 if how == "broken" else -1)  # at its third piece
+    with working(tiny, breaks, limits=PIECES) as engine:
+        stays = submit(engine, job(tiny, "stone", 0.8, 40))
+        stays.begin()
+        long = job(tiny, "water " * 10, 0.8, 4)
+        inbox = submit(engine, long)
+        if how == "cancelled":
+            until(lambda: long.id in engine.scheduler.running)
+            engine.cancel(long.id)
+        else:
+            assert inbox.wait().status == 503
+        assert stays.text() == tiny.offline("stone", 0.8, 40)
+        until(lambda: engine.scheduler.is_idle)
+        breaks.prompt_length = -1
+        after = submit(engine, job(tiny, "water " * 11, 0.8, 6))
+        assert after.text() == tiny.offline("water " * 11, 0.8, 6)
+
+
+class Small(Breaking):
+    """A backend whose memory holds so many rows."""
+
+    def __init__(self, inner: Backend, most: int) -> None:
+        super().__init__(inner)
+        self.most = most
+
+    def step(self, rows: Any, token_ids: Any, computes: Any) -> None:
+        if len(rows) > self.most:
+            torch.empty(1 << 50, dtype=torch.uint8)  # as PyTorch says it
+        self.inner.step(rows, token_ids, computes)
+
+
+def test_where_memory_runs_out_the_last_to_come_is_given_up(tiny: Tiny):
+    with working(tiny, Small(make_backend(tiny.adapted), 2)) as engine:
+        names = ("one", "two", "three", "four")
+        inboxes = {name: submit(engine, job(tiny, name, 0.8, 30)) for name in names}
+        ends = {name: inbox.wait() for name, inbox in inboxes.items()}
+        lost = [name for name, end in ends.items() if isinstance(end, Failed)]
+        assert lost == ["three", "four"]
+        assert all("not enough memory" in ends[name].message and ends[name].status == 503 for name in lost)
+        for name in ("one", "two"):
+            assert inboxes[name].text() == tiny.offline(name, 0.8, 30)
+        assert submit(engine, job(tiny, "five", 0.8, 6)).text() == tiny.offline("five", 0.8, 6)
+
+
+def test_who_has_waited_for_too_long_is_sent_away(tiny: Tiny):
+    with working(tiny, limits=Limits(rows=1, queue_seconds=0.01)) as engine:
+        first = submit(engine, job(tiny, "first", 1.0, 200))
+        first.begin()
+        late = submit(engine, job(tiny, "late", 1.0, 4)).wait()
+        assert isinstance(late, Failed)
+        assert late.status == 429
+        assert first.text() == tiny.offline("first", 1.0, 200)
 
 
 def test_a_deadline_cuts_off(tiny: Tiny, backend: Backend):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import gc
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -162,6 +164,47 @@ def test_the_time_limit(tiny: Tiny):
         server.wait_idle()
 
 
+@pytest.mark.parametrize("streams", [True, False])
+def test_an_overload_is_a_429_with_advice_before_anything_is_sent(tiny: Tiny, streams: bool):
+    with live(tiny, limits=Limits(rows=1, queue_seconds=0.02)) as server, asking(server, LONG):
+        until(lambda: server.engine.scheduler.num_rows == 1)
+        answer = post(server, SHORT | {"stream": streams})
+        assert "overloaded" in refusal(answer, 429)
+        assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_a_model_file_that_is_removed_while_it_is_served(tiny: Tiny, tmp_path: Path):
+    rheostat.save(tiny.adapted, tiny.tokenizer, tmp_path / "gone")
+    adapted, tokenizer = rheostat.load(str(tmp_path / "gone"))
+    shutil.rmtree(tmp_path / "gone")  # before the first request makes what it needs of the weights
+    with live(Tiny(adapted, tokenizer)) as server:
+        answer = post(server, SHORT | {"compute": 0.8})
+        assert answer.json()["choices"][0]["text"] == tiny.offline("rivers", 0.8, 5)
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_hundreds_of_requests(tiny: Tiny):
+    with live(tiny, limits=Limits(rows=8, queue=64)) as server, httpx.Client(timeout=60) as client:
+
+        def one(place: int) -> None:
+            body = {"model": "tiny", "prompt": "water " * (place % 9 + 1), "compute": (1.0, 0.8)[place % 2]}
+            body |= {"max_tokens": 4 + place % 24, "stream": place % 3 == 0, "logprobs": 3}
+            assert client.post(f"{server.base}/v1/completions", json=body).status_code == 200
+
+        sizes = []
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            for _ in range(4):
+                list(pool.map(one, range(200)))
+                gc.collect()
+                sizes.append(resident_bytes())
+        assert sizes[-1] - sizes[0] < 8 << 20, sizes
+
+
+def resident_bytes() -> int:
+    """Of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
 def test_a_template_that_refuses_is_the_clients_fault(running: Live, tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tiny.tokenizer, "chat_template", "{{ raise_exception('no system role') }}")
     body = {"model": "tiny", "messages": [{"role": "system", "content": "x"}]}
@@ -238,6 +281,50 @@ def test_sigterm_finishes_what_is_in_flight(folder: Path, tiny: Tiny):
             logs = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
             assert any(one.get("path") == "/v1/completions" and one["status"] == 200 for one in logs)
             assert "rivers" not in err
+        finally:
+            process.kill()
+
+
+LIMITED = """
+import resource, sys
+from rheostat.__main__ import main
+before = resource.getrlimit(resource.RLIMIT_AS)
+
+def limit():
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (600 << 20), before[1]))
+
+from rheostat.serve import server
+serve = server.Server.serve_until_told
+
+def limited(self, listener):
+    self.engine.backend.runtime.prepare()
+    limit()
+    serve(self, listener)
+
+server.Server.serve_until_told = limited
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_a_memory_limit_is_a_clear_answer_and_the_server_stays(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    flags = ["--port", str(port), "--name", "dense", "--rows", "32", "--cache-tokens", "1000000"]
+    command = [sys.executable, "-c", LIMITED, "serve", "smollm2-135m", *flags]
+    with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            base = f"http://127.0.0.1:{port}"
+            until(lambda: is_up(base) or process.poll() is not None, 180)
+            short: Any = {"model": "dense", "prompt": "The river", "max_tokens": 8, "temperature": 0}
+            before = httpx.post(f"{base}/v1/completions", json=short, timeout=120).json()["choices"][0]["text"]
+            large = short | {"prompt": [5] * 2000, "n": 32}  # keys and values of 3 GB
+            answer = httpx.post(f"{base}/v1/completions", json=large, timeout=300)
+            assert "not enough memory" in refusal(answer, 503)
+            after = httpx.post(f"{base}/v1/completions", json=short, timeout=120).json()["choices"][0]["text"]
+            assert after == before
         finally:
             process.kill()
 

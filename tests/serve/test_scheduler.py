@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rheostat.errors import SettingError
-from rheostat.serve.scheduler import Draining, Full, Limits, Scheduler, Ticket
+from rheostat.serve.scheduler import Draining, Full, Limits, Piece, Scheduler, Ticket
 
 
 def ticket(id: str, prompt: int = 10, new: int = 10, rows: int = 1, arrived: float = 0.0) -> Ticket:
     return Ticket(id=id, num_prompt_tokens=prompt, max_new_tokens=new, num_rows=rows, arrived=arrived)
 
 
-def ids(tickets: list[Ticket]) -> list[str]:
+def ids(tickets: Sequence[Ticket | Piece]) -> list[str]:
     return [one.id for one in tickets]
 
 
@@ -22,21 +24,21 @@ def test_first_come_first_served_up_to_the_rows():
     one = Scheduler(Limits(rows=2))
     for name in "abc":
         one.offer(ticket(name))
-    assert ids(one.admit()) == ["a", "b"]
-    assert ids(one.admit()) == []
+    assert ids(one.plan()) == ["a", "b"]
+    assert ids(one.plan()) == []
     assert one.row_done("a")
-    assert ids(one.admit()) == ["c"]
+    assert ids(one.plan()) == ["c"]
 
 
 def test_a_large_request_is_not_overtaken():
     one = Scheduler(Limits(rows=3))
     for each in (ticket("a", rows=2), ticket("large", rows=3), ticket("small")):
         one.offer(each)
-    assert ids(one.admit()) == ["a"]
+    assert ids(one.plan()) == ["a"]
     assert not one.row_done("a")
-    assert ids(one.admit()) == []
+    assert ids(one.plan()) == []
     assert one.row_done("a")
-    assert ids(one.admit()) == ["large"]
+    assert ids(one.plan()) == ["large"]
 
 
 def test_memory_is_rows_times_the_longest():
@@ -44,19 +46,48 @@ def test_memory_is_rows_times_the_longest():
     one.offer(ticket("a", 30, 20))
     one.offer(ticket("b", 1, 1))
     one.offer(ticket("c", 1, 1))
-    assert ids(one.admit()) == ["a", "b"]  # 2 rows of 50
+    assert ids(one.plan()) == ["a", "b"]  # 2 rows of 50
     assert one.cache_share == 1.0
     one.row_done("a")
-    assert ids(one.admit()) == ["c"]
+    assert ids(one.plan()) == ["c"]
 
 
-def test_prompts_are_read_a_few_at_a_time_and_a_long_one_alone():
+def spans(pieces: list[Piece]) -> list[tuple[str, int, int]]:
+    return [(one.id, one.start, one.stop) for one in pieces]
+
+
+def test_prompts_are_read_a_few_at_a_time_and_a_long_one_in_pieces():
     one = Scheduler(Limits(rows=8, prefill_tokens=25))
-    for name, length in (("a", 10), ("b", 10), ("c", 10), ("d", 400)):
+    for name, length in (("a", 10), ("b", 10), ("c", 10), ("d", 60)):
         one.offer(ticket(name, length))
-    assert ids(one.admit()) == ["a", "b"]
-    assert ids(one.admit()) == ["c"]
-    assert ids(one.admit()) == ["d"]
+    assert spans(one.plan()) == [("a", 0, 10), ("b", 0, 10)]
+    assert spans(one.plan()) == [("c", 0, 10)]
+    assert [spans(one.plan()) for _ in range(4)] == [[("d", 0, 25)], [("d", 25, 50)], [("d", 50, 60)], []]
+
+
+def test_short_prompts_take_turns_with_the_pieces_of_a_long_one():
+    one = Scheduler(Limits(rows=8, prefill_tokens=25))
+    for name, length in (("long", 60), ("a", 20), ("b", 20), ("too", 30), ("c", 1)):
+        one.offer(ticket(name, length))
+    read = [spans(one.plan()) for _ in range(7)]
+    assert read[:5] == [[("long", 0, 25)], [("a", 0, 20)], [("long", 25, 50)], [("b", 0, 20)], [("long", 50, 60)]]
+    assert read[5:] == [[("too", 0, 25)], [("c", 0, 1)]]  # one long prompt at a time, and none overtakes it
+
+
+def test_where_a_prompt_has_to_be_read_at_once_it_is_read_alone():
+    one = Scheduler(Limits(rows=8, prefill_tokens=25), reads_pieces=False)
+    for name, length in (("a", 10), ("d", 60), ("b", 10)):
+        one.offer(ticket(name, length))
+    assert [spans(one.plan()) for _ in range(3)] == [[("a", 0, 10)], [("d", 0, 60)], [("b", 0, 10)]]
+
+
+def test_nothing_more_is_read_of_a_prompt_that_is_gone():
+    one = Scheduler(Limits(rows=2, prefill_tokens=25))
+    for name, length in (("long", 60), ("a", 40)):
+        one.offer(ticket(name, length))
+    assert spans(one.plan()) == [("long", 0, 25)]
+    assert one.remove("long")
+    assert [spans(one.plan()) for _ in range(3)] == [[("a", 0, 25)], [("a", 25, 40)], []]
 
 
 def test_what_can_never_run_is_refused_at_once():
@@ -74,24 +105,24 @@ def test_the_queue_is_bounded_and_draining_takes_nothing():
     one.offer(ticket("b"))
     with pytest.raises(Full):
         one.offer(ticket("c"))
-    one.admit()
+    one.plan()
     one.offer(ticket("c"))
     one.is_draining = True
     with pytest.raises(Draining):
         one.offer(ticket("d"))
     one.row_done("a")
-    assert ids(one.admit()) == ["b"]  # what waits is still served
+    assert ids(one.plan()) == ["b"]  # what waits is still served
 
 
 def test_removal_frees_a_place_waiting_or_running():
     one = Scheduler(Limits(rows=1))
     for name in "abc":
         one.offer(ticket(name))
-    one.admit()
+    one.plan()
     assert one.remove("b")
     assert one.remove("a")
     assert not one.remove("a")
-    assert ids(one.admit()) == ["c"]
+    assert ids(one.plan()) == ["c"]
 
 
 def test_the_wait_of_the_head():
@@ -109,35 +140,42 @@ def test_limits_are_checked(name: str):
 
 @settings(deadline=None)
 @given(
-    st.lists(st.tuples(st.sampled_from(["offer", "admit", "done", "remove"]), st.integers(0, 9), st.integers(1, 60))),
+    st.lists(st.tuples(st.sampled_from(["offer", "plan", "done", "remove"]), st.integers(0, 9), st.integers(1, 60))),
 )
 def test_limits_hold_and_nothing_is_lost(steps: list[tuple[str, int, int]]):
-    limits = Limits(rows=4, queue=3, cache_tokens=120, prefill_tokens=50)
+    limits = Limits(rows=4, queue=3, cache_tokens=120, prefill_tokens=20)
     one = Scheduler(limits)
-    alive: set[str] = set()
+    alive: dict[str, int] = {}
+    read: dict[str, int] = {}
     order: list[str] = []
     for number, (what, pick, size) in enumerate(steps):
         if what == "offer":
             try:
                 one.offer(ticket(f"r{number}", size, 5, 1 + pick % 4))
-                alive.add(f"r{number}")
+                alive[f"r{number}"] = size
             except (Full, SettingError):
                 pass
-        elif what == "admit":
-            before = ids(list(one.waiting))
-            joined = ids(one.admit())
-            assert joined == before[: len(joined)]
-            order += joined
-        elif what == "done" and one.running:
-            name = list(one.running)[pick % len(one.running)]
+        elif what == "plan":
+            pieces = one.plan()
+            assert len(pieces) <= 1 or all(piece.is_whole for piece in pieces)
+            assert sum(piece.stop - piece.start for piece in pieces) <= limits.prefill_tokens
+            for piece in pieces:
+                assert piece.start == read.get(piece.id, 0) < piece.stop <= alive[piece.id]
+                read[piece.id] = piece.stop
+                order += [piece.id] if piece.start == 0 else []
+        elif what == "done" and (ready := [name for name in one.running if read[name] == alive[name]]):
+            name = ready[pick % len(ready)]
             if one.row_done(name):
-                alive.discard(name)
+                del alive[name]
         elif what == "remove" and alive:
             name = sorted(alive)[pick % len(alive)]
             assert one.remove(name)
-            alive.discard(name)
+            del alive[name]
         assert one.num_rows <= limits.rows
         assert one.cache_share <= 1
         assert len(one.waiting) <= limits.queue
-        assert alive == set(one.running) | set(ids(list(one.waiting)))
+        assert set(alive) == set(one.running) | set(ids(list(one.waiting)))
+    for _ in range(60):  # what has joined is read to its end
+        read |= {piece.id: piece.stop for piece in one.plan()}
+    assert all(read[name] == alive[name] for name in one.running)
     assert order == sorted(order, key=lambda name: int(name[1:]))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from rheostat.adapted import Adapted
 from rheostat.errors import SettingError
 from rheostat.speculate.drafter import State
 from rheostat.speculate.lookup import PromptLookup, look_up
 from rheostat.speculate.loop import Ending, speculate
+from rheostat.speculate.stock import StockHost
 from rheostat.spending import spend
 from tests.tiny import tiny_model
 
@@ -38,7 +38,9 @@ def test_nothing_is_proposed_for_new_tokens_and_drafting_is_free():
     adapted = Adapted(tiny_model("qwen3"))
     repeated, unique = torch.tensor([[5, 6, 7] * 6]), torch.arange(3, 21)[None]
     for ids, is_drafting in ((repeated, True), (unique, False)):
-        state = State(adapted.model, adapted.method, DynamicCache(), ids, torch.ones_like(ids), YES)
+        state = State(
+            adapted.model, adapted.method, StockHost(adapted.model, adapted.method), ids, torch.ones_like(ids), YES
+        )
         draft = PromptLookup().propose(state, torch.tensor([4]))
         assert bool(draft.lengths[0]) == is_drafting
     with spend() as meter:

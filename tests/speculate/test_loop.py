@@ -7,7 +7,8 @@ import torch
 from transformers import QuantizedCache, StaticCache
 
 from rheostat.adapted import Adapted
-from rheostat.caches.hierarchical import HierarchicalCache, body_length
+from rheostat.caches.counting import body_length
+from rheostat.caches.hierarchical import HierarchicalCache
 from rheostat.errors import SettingError
 from rheostat.methods import Chain, DynaMoE, Method, QuantSpec
 from rheostat.sampling import Sampling

@@ -9,6 +9,7 @@ from rheostat.adapted import Adapted
 from rheostat.errors import SettingError
 from rheostat.speculate.drafter import State
 from rheostat.speculate.sparse import SnapKV, SparseDrafter, StreamingLLM, count_votes
+from rheostat.speculate.stock import StockHost
 from tests.tiny import tiny_model, tiny_windows
 
 MASK = torch.tensor([[1] * 40, [0] * 20 + [1] * 20])
@@ -22,7 +23,14 @@ def state(family: str = "qwen3") -> State:
         adapted.method.prefill(adapted.model, ids, MASK, cache)
     longer = torch.cat([ids, ids[:, -1:]], 1)
     mask = torch.nn.functional.pad(MASK, (0, 1), value=1)
-    return State(adapted.model, adapted.method, cache, longer, mask, torch.ones(2, dtype=torch.bool))
+    return State(
+        adapted.model,
+        adapted.method,
+        StockHost(adapted.model, adapted.method, cache),
+        longer,
+        mask,
+        torch.ones(2, dtype=torch.bool),
+    )
 
 
 def test_streaming_reads_the_first_and_the_newest_of_each_row():

@@ -16,10 +16,12 @@ from gguf import GGUFReader
 from transformers import AutoConfig
 
 from rheostat.bench.sides import Side, SideSpec, Spent, dense_spent
+from rheostat.checkpoints import BUNDLED
+from rheostat.conversion import convert_gguf
 from rheostat.cost import Cost, Parts
 from rheostat.errors import SettingError
 from rheostat.geometry import Geometry
-from rheostat.models import BUNDLED, convert_gguf, gguf_file, load, model_digest
+from rheostat.models import gguf_file, load, model_digest
 
 BATCH = 512
 """Prompt tokens that llama.cpp takes in one pass: each pass reads the weights once more."""

@@ -31,7 +31,7 @@ class NativeSide(Side):
             Unsupported: the runtime cannot run this model in this format.
         """
         format = check_format(spec.weights, adapted.dtype)
-        self.runtime = runtime or Runtime(adapted.model, format, adapted.hook_ids)
+        self.runtime = runtime or adapted.new_runtime(format)
         self.adapted = adapted
         self.compute: Compute = spec.compute
         """What is asked; may be set to one number a row."""

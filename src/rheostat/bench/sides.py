@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from rheostat import models
 from rheostat.adapted import Adapted
 from rheostat.bench.timing import Clock, waiter
+from rheostat.checkpoints import BUNDLED
 from rheostat.cost import Cost, decode_cost, dense_cost
 from rheostat.errors import bad_setting
 from rheostat.geometry import Geometry
@@ -197,7 +198,7 @@ def dense_spent(geometry: Geometry, ids: torch.Tensor, num_steps: int, itemsize:
 
 def stock_model(source: str, dtype: str, device: str) -> Any:
     """The plain host model of MODEL. An artifact is also a checkpoint, which plain `transformers` reads."""
-    if (Path(source).expanduser() / "rheostat.json").is_file() and source not in models.BUNDLED:
+    if (Path(source).expanduser() / "rheostat.json").is_file() and source not in BUNDLED:
         model = AutoModelForCausalLM.from_pretrained(Path(source).expanduser(), dtype=models.check_dtype(dtype))
         return model.to(models.check_device(device)).eval()
     return models.load(source, dtype=dtype, device=device)[0]

@@ -45,7 +45,7 @@ def artifact_origin(folder: Path, made: dict[str, Any], seed: int) -> dict[str, 
 
 def is_artifact(source: str) -> bool:
     """Whether `source` is a folder that `adapt` wrote. A bundled name wins over a folder, as in `load`."""
-    from rheostat.models import BUNDLED
+    from rheostat.checkpoints import BUNDLED
 
     return source not in BUNDLED and os.path.isfile(os.path.join(os.path.expanduser(source), "rheostat.json"))
 

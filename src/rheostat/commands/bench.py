@@ -202,14 +202,13 @@ def _native_specs(
     """Of our own runtime: each format at each setting of the dial; a note where it does not run this model."""
     from rheostat.bench.sides import SideSpec
     from rheostat.runtime.building import Unsupported
-    from rheostat.runtime.engine import Runtime
     from rheostat.runtime.packing import check_format
 
     specs: list[SideSpec] = []
     for name in config.weights:
         format = check_format(name, loaded.adapted.dtype)
         try:
-            Runtime(loaded.adapted.model, format, loaded.adapted.hook_ids)
+            loaded.adapted.new_runtime(format)
         except Unsupported as reason:
             notes.append(f"native {format}: not measured, the runtime does not support {reason}")
             continue

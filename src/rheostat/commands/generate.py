@@ -11,6 +11,7 @@ Example:
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from rheostat.meter import Meter
     from rheostat.sampling import Sampling
+    from rheostat.speculate.drafter import Drafter
 
 LONGEST_CHARACTER = 3
 """Bytes of a UTF-8 character that can come before its last; each may show as a replacement character."""
@@ -48,9 +50,10 @@ class Config(Common):
     runtime: str = setting("auto", help="auto: our own where it can; native: insist on it; stock: transformers")
     weights: str = setting("auto", help="our runtime's weights: fp32, bf16, fp16, int8, int4 (default: as --dtype)")
     draft: str | None = setting(
-        None, help="guess tokens and check them together: self, low_dial, prompt_lookup, streaming_llm, snapkv"
+        None,
+        help="guess tokens and check them together: self, low_dial, prompt_lookup, streaming_llm, snapkv, or a model",
     )
-    draft_length: int = setting(4, help="tokens to guess at a time, at most")
+    draft_length: str = setting("4", help="tokens to guess at a time, at most; auto takes what pays by measured times")
     draft_compute: float | None = setting(None, help="compute of the low_dial draft (default: the least)")
     draft_risk: float = setting(1.0, help="stop guessing when the risk of a wrong guess exceeds this")
     chat: bool | None = setting(None, help="put the prompt into the chat template (default: if there is one)")
@@ -76,9 +79,12 @@ def run(config: Config) -> dict[str, Any]:
     num_tokens = input_ids.shape[1] + config.max_new_tokens
     check_context(loaded.adapted, "max_new_tokens", config.max_new_tokens, num_tokens)
 
-    native = loaded.adapted.runtime(config.runtime, config.weights)
+    drafting = _drafting(config, loaded)
+    native = loaded.adapted.runtime(config.runtime, config.weights, with_forms=True)
+    if drafting is not None and loaded.adapted.draft_host(drafting[0], config.runtime, config.weights) is None:
+        native = None
     if native is not None:
-        native.prepare()
+        native.prepare(draft=config.draft == "self")
     runs_on = "transformers" if native is None else f"native {native.format}"
     low = _cheapest_width(loaded)
     coloured = terminal.uses_colour(sys.stdout) and low < 1
@@ -90,7 +96,7 @@ def run(config: Config) -> dict[str, Any]:
         if len(phases) > 1:
             out.rule(f"compute {_asked(one)}", align="left", style="dim", characters="-")
         writer = Writer(sys.stdout, loaded.tokenizer.decode, low if coloured else None)
-        answer = _answer(config, loaded, input_ids, one, sampling, writer)
+        answer = _answer(config, loaded, input_ids, one, sampling, writer, drafting)
         out.print()
         answer["runtime"] = runs_on
         _show_bill(answer)
@@ -151,6 +157,7 @@ def _answer(
     compute: dict[str, float],
     sampling: Sampling,
     writer: Writer,
+    drafting: tuple[Drafter, int | str] | None,
 ) -> dict[str, Any]:
     import torch
 
@@ -159,7 +166,7 @@ def _answer(
     generator = torch.Generator(input_ids.device).manual_seed(config.seed)
     fractions, seconds = [], []
     with spend(compute, keep_passes=False) as meter:
-        steps = _steps(config, loaded, input_ids, sampling, generator)
+        steps = _steps(config, loaded, input_ids, sampling, generator, drafting)
         while True:
             started = time.perf_counter()  # ours, because the stream's clock goes on while we write
             tokens = next(steps, None)
@@ -181,16 +188,66 @@ def _answer(
     }
 
 
+def _drafting(config: Config, loaded: Loaded) -> tuple[Drafter, int | str] | None:
+    """Who drafts, and how much; None where nobody does.
+
+    Raises:
+        SettingError: no such drafter, or one that this model cannot have.
+    """
+    from rheostat.speculate.generating import DRAFTERS, make_drafter
+    from rheostat.speculate.pacing import Pace
+
+    if config.draft is None:
+        return None
+    length = int(config.draft_length) if config.draft_length.lstrip("-").isdigit() else config.draft_length
+    Pace.of(length)
+    if config.draft not in DRAFTERS and _is_model(config.draft):
+        return _second_model(config, loaded, config.draft), length
+    adapted = loaded.adapted
+    made = make_drafter(
+        config.draft, adapted.method, adapted.dial.low, compute=config.draft_compute, risk=config.draft_risk
+    )
+    return made, length
+
+
+def _is_model(name: str) -> bool:
+    from rheostat.checkpoints import BUNDLED
+
+    return name in BUNDLED or "/" in name or os.path.exists(os.path.expanduser(name))
+
+
+def _second_model(config: Config, loaded: Loaded, source: str) -> Drafter:
+    """A smaller model with the same tokens drafts.
+
+    Raises:
+        SettingError: it cannot be loaded, is adapted, or has other tokens.
+    """
+    from rheostat import models
+    from rheostat.adapted import Adapted
+    from rheostat.speculate.drafter import Stopping
+    from rheostat.speculate.second import SecondModel, check_tokenizers
+
+    model, tokenizer = models.load(source, dtype=config.dtype, device=config.device)
+    if isinstance(model, Adapted):
+        raise bad_setting("draft", source, "a plain model: export one from this artifact")
+    check_tokenizers(loaded.tokenizer, tokenizer)
+    return SecondModel(model, Stopping(risk=config.draft_risk))
+
+
 def _steps(
-    config: Config, loaded: Loaded, input_ids: torch.Tensor, sampling: Sampling, generator: torch.Generator
+    config: Config,
+    loaded: Loaded,
+    input_ids: torch.Tensor,
+    sampling: Sampling,
+    generator: torch.Generator,
+    drafting: tuple[Drafter, int | str] | None,
 ) -> Iterator[list[int]]:
     """The answer's tokens as they come: one at a time, or with a draft several."""
     from rheostat.decode import stream
-    from rheostat.speculate.generating import make_drafter
     from rheostat.speculate.loop import Ending, speculate
 
     adapted, limit, ends = loaded.adapted, config.max_new_tokens, _end_ids(loaded)
-    if config.draft is None:
+    if drafting is None:
         for step in stream(
             adapted,
             input_ids,
@@ -203,18 +260,17 @@ def _steps(
         ):
             yield step.token_ids.tolist()
         return
-    drafter = make_drafter(
-        config.draft, adapted.method, adapted.dial.low, compute=config.draft_compute, risk=config.draft_risk
-    )
+    drafter, length = drafting
     for one in speculate(
         adapted.model,
         adapted.method,
         input_ids,
         drafter=drafter,
-        draft_length=config.draft_length,
+        draft_length=length,
         ending=Ending(max_new_tokens=limit, eos_token_ids=ends),
         sampling=sampling,
         generator=generator,
+        host=adapted.draft_host(drafter, config.runtime, config.weights),
     ):
         yield one.token_ids[0].tolist()
 
@@ -267,6 +323,8 @@ def _show_bill(answer: dict[str, Any]) -> None:
         places = ", ".join(f"{share:.0%}" for share in drafts["acceptance_by_place"])
         rate = f"{drafts['tokens_per_round']:.2f} tokens a round"
         out.print(f"drafts   {drafts['accepted']} of {drafts['drafted']} accepted, by place {places or '-'}; {rate}")
+        if drafts["verdict"]:
+            out.print(f"         {drafts['verdict']}")
     out.print(f"time     {bill['first_token_ms']:.0f} ms to the first token{speed} ({answer['runtime']})")
 
 

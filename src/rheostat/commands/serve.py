@@ -48,8 +48,9 @@ class Config(Common):
     weights: str = setting("auto", help="our runtime's weights: fp32, bf16, fp16, int8, int4 (default: as --dtype)")
     rows: int = setting(8, help="answers written at once")
     queue: int = setting(64, help="requests that may wait; more are sent away with 429")
+    queue_seconds: float = setting(float("inf"), help="longest wait in the queue; then a request is sent away with 429")
     cache_tokens: int = setting(65536, help="rows times the longest row, in tokens: bounds the cache's memory")
-    prefill_tokens: int = setting(512, help="prompt tokens read between two steps of the others")
+    prefill_tokens: int = setting(512, help="prompt tokens read between two steps; longer prompts go in pieces")
     max_prompt_tokens: int = setting(4096, help="longest prompt")
     max_new_tokens: int = setting(2048, help="longest answer")
     new_tokens: int = setting(256, help="longest answer where a request does not say")
@@ -65,6 +66,9 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         SettingError: a setting is out of range, or the extra is not installed.
     """
+    # Torch's threads would spin for a while after each operation, on cores that our own kernels need; it looks at
+    # this when it is loaded, which nobody has done yet where this is the command of a process of its own.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     check_extra()
     _check(config)
     from rheostat.serve import logs
@@ -102,6 +106,7 @@ def build(config: Config, loaded: Loaded) -> tuple[Server, str]:
     limits = Limits(
         rows=config.rows,
         queue=config.queue,
+        queue_seconds=config.queue_seconds,
         cache_tokens=config.cache_tokens,
         prefill_tokens=config.prefill_tokens,
     )

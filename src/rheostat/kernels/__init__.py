@@ -13,8 +13,20 @@ from rheostat.kernels import native, plain
 from rheostat.kernels.build import library
 from rheostat.kernels.decoder import NativeDecoder
 from rheostat.kernels.packed import FORMATS, PackedMatrix, pack
+from rheostat.kernels.reader import NativeReader, reads_prompts
 
-__all__ = ["FORMATS", "NativeDecoder", "PackedMatrix", "decode_attention", "few_rows", "library", "nested_ffn", "pack"]
+__all__ = [
+    "FORMATS",
+    "NativeDecoder",
+    "NativeReader",
+    "PackedMatrix",
+    "decode_attention",
+    "few_rows",
+    "library",
+    "nested_ffn",
+    "pack",
+    "reads_prompts",
+]
 
 
 def few_rows(

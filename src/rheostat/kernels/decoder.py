@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from rheostat.errors import bad_setting
 from rheostat.kernels import structs
-from rheostat.kernels.packed import CMatrix, PackedMatrix, pack
+from rheostat.kernels.layers import describe_layer, packed
+from rheostat.kernels.packed import PackedMatrix
 
-RULES = ("damage", "confidence")
-
-MAX_ROWS = 256
-"""Rows of one step; more are for matrix products."""
+MAX_ROWS = 2048
+"""Tokens of one step; more are for matrix products."""
 
 
 class NativeDecoder:
@@ -33,10 +34,10 @@ class NativeDecoder:
             SettingError: something the native step cannot do.
         """
         self._library, self._weights, self._keep = library, weights, structs.Keep()
-        head = _packed("head", weights.head)
+        head = packed("head", weights.head)
         self._attention = (weights.num_heads, weights.num_kv_heads, weights.head_dim)
         structs.check_attention(*self._attention, torch.float32)
-        layers = [self._layer(layer) for layer in weights.layers]
+        layers = [describe_layer(self._keep, layer, weights.activation) for layer in weights.layers]
         self._shape = {
             "layers": self._keep.array(structs.CLayer, layers),
             "num_layers": len(layers),
@@ -55,28 +56,34 @@ class NativeDecoder:
         settings: torch.Tensor | None,
         rope: Any,
         out: torch.Tensor | None = None,
+        counts: Sequence[int] | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Take the newest token of each row: its keys and values join the cache, whose lengths grow by one.
+        """Take the newest token of each row, or its newest `counts` tokens: their keys and values join the cache, whose
+        lengths grow by as many. Each token sees those of its row before it, and itself.
 
         Args:
-            token_ids: [B] int64.
-            positions: [B] int64, what the tokens' queries and keys are rotated by.
-            cache: a `rheostat.runtime.cache.KVCache` with B rows. It grows where it has to.
-            settings: [B] float32, native settings; None, or 0 in a row, is the full FFN.
+            token_ids: [N] int64, by row of the cache; one a row, or `counts`.
+            positions: [N] int64, what the tokens' queries and keys are rotated by.
+            cache: a `rheostat.runtime.cache.KVCache` with B rows, or a `PlaneCache`. It grows where it has to.
+            settings: [N] float32, native settings; None, or 0 for a token, is the full FFN.
             rope: a `rheostat.runtime.rope.RopeTable` of these weights.
-            out: [B, V] float32, contiguous: where the logits go.
+            out: [N, V] float32, contiguous: where the logits go.
+            counts: [B], new tokens of each row, 0 for one that waits. None: one a row.
+            hidden: [N, D] float32, contiguous, what enters the first layer instead of the tokens' embeddings; used up.
 
         Returns:
-            Logits [B, V] float32, and the expert [L, B] int64 that each layer took; None when all took the full FFN
+            Logits [N, V] float32, and the expert [L, N] int64 that each layer took; None when all took the full FFN
             without a router being asked.
 
         Raises:
             SettingError: the batch does not fit the cache or the decoder.
         """
-        num_rows = self._check(token_ids, positions, cache, settings)
-        cache.reserve(int(cache.lengths.max()) + 1)
+        num_rows = self._check(token_ids, positions, cache, settings, counts)
+        news = torch.tensor([1] * num_rows if counts is None else list(counts), dtype=torch.int32)
+        cache.reserve(int((cache.lengths + news).max()))
         table = rope.reserve(int(positions.max()) + 1)
-        hidden = _embed(self._weights.embedding, token_ids)
+        hidden = _embed(self._weights.embedding, token_ids) if hidden is None else hidden
         is_routed = settings is not None and self._weights.is_routed and bool((settings > 0).any())
         settings = settings.float().contiguous() if is_routed and settings is not None else None
         logits = torch.empty(num_rows, self._weights.vocab_size) if out is None else out
@@ -89,28 +96,43 @@ class NativeDecoder:
             0.0,
         )
         decoder = structs.CDecoder(**self._shape, attention=heads)
-        held = (hidden, positions, settings, cache.lengths, cache.starts, cache.keys, cache.values)
-        before, after = (
-            [None if one is None else one.data_ptr() for one in group] for group in (held, (*table, logits, experts))
+        firsts = None if counts is None else nn.functional.pad(news.cumsum(0, dtype=torch.int32), (1, 0))
+        body = structs.planes_of(cache)
+        tokens = structs.CNewTokens(
+            *(None if one is None else one.data_ptr() for one in (cache.lengths, cache.starts, firsts)),
+            None if body is None else ctypes.addressof(body),
+            len(news),
         )
-        step = structs.CStep(*before, cache.keys.stride(0), *after, num_rows)
+        before, after = (
+            [None if one is None else one.data_ptr() for one in group]
+            for group in ((hidden, positions, settings), (*table, logits, experts))
+        )
+        places = (cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.stride(0))
+        step = structs.CStep(*before, tokens, *places, *after, num_rows)
         self._library.rheostat_step(ctypes.byref(decoder), ctypes.byref(step), torch.get_num_threads())
-        cache.advance(1)
+        cache.advance(1 if counts is None else news)
         return logits, experts
 
     def _check(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, cache: Any, settings: torch.Tensor | None
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache: Any,
+        settings: torch.Tensor | None,
+        counts: Sequence[int] | None,
     ) -> int:
         num_rows = len(token_ids)
+        if counts is not None and (sum(counts) != num_rows or min(counts, default=0) < 0):
+            raise bad_setting("counts", list(counts), f"numbers of tokens that add up to {num_rows}")
         shape = (
             len(self._weights.layers),
-            num_rows,
+            num_rows if counts is None else len(counts),
             self._weights.num_kv_heads,
             cache.num_slots,
             self._weights.head_dim,
         )
         if tuple(cache.keys.shape) != shape or not 1 <= num_rows <= MAX_ROWS:
-            raise bad_setting("cache", tuple(cache.keys.shape), f"of shape {shape}, of at most {MAX_ROWS} rows")
+            raise bad_setting("cache", tuple(cache.keys.shape), f"of shape {shape}, for at most {MAX_ROWS} tokens")
         for one in (cache.keys, cache.values):  # rows that are kept free after each layer's are fine, nothing else
             if not one[0].is_contiguous() or one.stride(0) != cache.keys.stride(0):
                 raise bad_setting("cache", one.stride(), "dense in each layer")
@@ -125,50 +147,14 @@ class NativeDecoder:
             raise bad_setting("settings", tuple(settings.shape), f"one number a row: {num_rows}")
         return num_rows
 
-    def _layer(self, layer: Any) -> structs.CLayer:
-        keep, ffn = self._keep, layer.ffn
-        heads = {name: _packed(name, getattr(layer, name)) for name in ("q", "k", "v", "o")}
-        if len({(one.format, one.group) for name, one in heads.items() if name != "o"}) > 1:
-            raise bad_setting("q, k, v", {name: one.format for name, one in heads.items()}, "of one format")
-        gate, up = _packed("gate", ffn.gate), _packed("up", ffn.up)
-        downs = [_packed("down", down) for down in ffn.downs]
-        names = ("q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm")
-        return structs.CLayer(
-            keep.floats(layer.input_norm),
-            keep.floats(layer.post_norm),
-            *(keep.matrix(one) for one in heads.values()),
-            *(keep.floats(getattr(layer, name)) for name in names),
-            structs.make_ffn(keep, gate, up, downs, ffn.down_biases, ffn.sizes, self._weights.activation),
-            self._router(ffn.router),
-            int(layer.has_rope),
-            layer.window,
-        )
-
-    def _router(self, router: Any) -> structs.CRouter:
-        if router is None:
-            return structs.CRouter(CMatrix(), None, None, None, 0, 0, 0)
-        if router.rule not in RULES:
-            raise bad_setting("rule", router.rule, f"one of {', '.join(RULES)}")
-        keep = self._keep
-        return structs.CRouter(
-            keep.matrix(pack(router.inner, "fp32")),
-            keep.floats(router.inner_bias),
-            keep.floats(router.outer),
-            keep.floats(router.outer_bias),
-            router.inner.shape[0],
-            router.outer.shape[0],
-            int(router.rule == "confidence"),
-        )
-
-
-def _packed(name: str, matrix: Any) -> PackedMatrix:
-    if not isinstance(matrix, PackedMatrix):
-        raise bad_setting(name, type(matrix).__name__, "a packed matrix")
-    return matrix
-
 
 def _embed(embedding: Any, token_ids: torch.Tensor) -> torch.Tensor:
     """[B, D] float32, fresh memory."""
     if isinstance(embedding, PackedMatrix):
         return embedding.rows(token_ids)
-    return embedding.detach()[token_ids].float().contiguous()
+    # Not by torch, which would wake a thread for a few rows: it then spins, on a core that this step needs.
+    table = embedding.detach()
+    bits = {2: torch.int16, 4: torch.int32}.get(table.itemsize)
+    if bits is None or table.device.type != "cpu":
+        return table[token_ids].float().contiguous()
+    return torch.from_numpy(table.view(bits).numpy()[token_ids.numpy()]).view(table.dtype).float()

@@ -76,3 +76,15 @@ def decode_attention(
         scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0)
     return (weights[:, :, None] @ v.masked_fill(~seen[:, None, :, None], 0))[:, :, 0]
+
+
+def causal_attention(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scale: float, window: int = 0
+) -> torch.Tensor:
+    """See `rheostat.kernels.prompts.causal_attention`."""
+    num_queries, num_slots = q.shape[1], keys.shape[1]
+    back = torch.arange(num_slots - num_queries, num_slots)[:, None] - torch.arange(num_slots)
+    hidden = (back < 0) | (back >= window) if window else back < 0
+    group = q.shape[0] // keys.shape[0]
+    k, v = (one.repeat_interleave(group, 0) for one in (keys, values))
+    return (scale * q @ k.transpose(1, 2)).masked_fill(hidden, -torch.inf).softmax(-1) @ v

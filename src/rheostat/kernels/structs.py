@@ -102,6 +102,34 @@ class CDecoder(ctypes.Structure):
     )
 
 
+class CPlanes(ctypes.Structure):
+    """`Planes` of native/planes.h."""
+
+    _fields_ = (
+        ("upper", _pointer),
+        ("lower", _pointer),
+        ("scales", _pointer),
+        ("groups", _pointer),
+        ("capacity", _long),
+        ("group", _int),
+        ("value_group", _int),
+        ("bits", _int),
+        ("num_rows", _int),
+    )
+
+
+class CNewTokens(ctypes.Structure):
+    """`NewTokens` of native/verify.h."""
+
+    _fields_ = (
+        ("lengths", _pointer),
+        ("starts", _pointer),
+        ("firsts", _pointer),
+        ("body", _pointer),
+        ("num_cached", _int),
+    )
+
+
 class CStep(ctypes.Structure):
     """`Step` of native/decoder.h."""
 
@@ -109,8 +137,7 @@ class CStep(ctypes.Structure):
         ("hidden", _pointer),
         ("positions", _pointer),
         ("settings", _pointer),
-        ("lengths", _pointer),
-        ("starts", _pointer),
+        ("tokens", CNewTokens),
         ("keys", _pointer),
         ("values", _pointer),
         ("layer_stride", _long),
@@ -119,6 +146,29 @@ class CStep(ctypes.Structure):
         ("logits", _pointer),
         ("experts", _pointer),
         ("num_rows", _int),
+    )
+
+
+class CReading(ctypes.Structure):
+    """`Reading` of native/reader.h."""
+
+    _fields_ = (
+        ("hidden", _pointer),
+        ("positions", _pointer),
+        ("settings", _pointer),
+        ("lengths", _pointer),
+        ("pasts", _pointer),
+        ("rows", _pointer),
+        ("keys", _pointer),
+        ("values", _pointer),
+        ("layer_stride", _long),
+        ("cos", _pointer),
+        ("sin", _pointer),
+        ("experts", _pointer),
+        ("num_rows", _int),
+        ("num_tokens", _int),
+        ("first_layer", _int),
+        ("last_layer", _int),
     )
 
 
@@ -220,3 +270,22 @@ def check_attention(num_heads: int, num_kv_heads: int, head_dim: int, dtype: tor
         raise bad_setting("head_dim", head_dim, f"from 1 to {MAX_HEAD_DIM}")
     if dtype not in CACHE_DTYPES:
         raise bad_setting("cache dtype", str(dtype), ", ".join(str(one) for one in CACHE_DTYPES))
+
+
+def planes_of(cache: Any) -> CPlanes | None:
+    """The structure of what a cache holds in nibble planes; None where it has none."""
+    body = cache.body
+    if body is None:
+        return None
+    lower = None if body.bits == 4 else body.lower.data_ptr()  # a draft that read it would crash
+    return CPlanes(
+        body.upper.data_ptr(),
+        lower,
+        body.scales.data_ptr(),
+        body.groups.data_ptr(),
+        body.upper.shape[3],
+        body.group_size,
+        body.value_group_size,
+        body.bits,
+        body.upper.shape[1],
+    )

@@ -20,7 +20,7 @@ from rheostat import families
 from rheostat.cost import Cost, dense_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
-from rheostat.runtime.weights import FFNWeights
+from rheostat.runtime.weights import CacheForm, DraftForm, FFNWeights, ReadAhead
 from rheostat.speculate.drafter import Drafter, Stopping
 
 if TYPE_CHECKING:
@@ -47,6 +47,16 @@ class MeteredFFN(nn.Module):
         """This FFN as the runtime computes it, as views of its parameters; None (the default) when the runtime cannot,
         and `transformers` runs the model."""
         return None
+
+
+class StandIn(nn.Linear):
+    """Base of every linear layer that a method puts in another's place, sharing its parameters under the same names.
+    Unless the method says otherwise, for a time, it computes what its host does."""
+
+    @property
+    def host(self) -> nn.Linear:
+        """The layer whose place this is."""
+        raise NotImplementedError
 
 
 M = TypeVar("M", bound="Method")
@@ -214,6 +224,14 @@ class Method:
         """How the method drafts for itself, for `speculate="self"`; None when it has no way of its own."""
         return None
 
+    def cache_form(self) -> CacheForm | None:
+        """The cache that our own runtime has to keep for this method; None: an ordinary one."""
+        return None
+
+    def draft_form(self) -> DraftForm | None:
+        """What our own runtime reads while this method drafts; None: the method has no draft that it knows."""
+        return None
+
     def make_cache(self, model: PreTrainedModel) -> Cache:
         """An empty cache for `model`."""
         return DynamicCache(config=model.config)
@@ -235,6 +253,11 @@ class Method:
             logits_to_keep=1,
         )
         return out.logits[:, -1]
+
+    def runtime_prefill(self, model: PreTrainedModel) -> ReadAhead | None:
+        """How our runtime reads prompts as `prefill` does, as views of the model's parameters; None (the default) when
+        it runs the model on them, or where `prefill` does what the runtime cannot."""
+        return None
 
     def decode(
         self,

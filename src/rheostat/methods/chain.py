@@ -13,6 +13,7 @@ from rheostat.cost import Cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
 from rheostat.methods.base import Method, Progress, no_progress
+from rheostat.runtime.weights import CacheForm, DraftForm, ReadAhead
 from rheostat.speculate.drafter import Drafter, Stopping
 
 if TYPE_CHECKING:
@@ -166,6 +167,14 @@ class Chain(Method):
         """Of the method at the decode stage."""
         return self.at("decode").drafter(stopping)
 
+    def cache_form(self) -> CacheForm | None:
+        """Of the method at the cache stage."""
+        return self.at("cache").cache_form()
+
+    def draft_form(self) -> DraftForm | None:
+        """Of the method at the decode stage."""
+        return self.at("decode").draft_form()
+
     def make_cache(self, model: PreTrainedModel) -> Cache:
         """From the method at the cache stage."""
         return self.at("cache").make_cache(model)
@@ -175,6 +184,10 @@ class Chain(Method):
     ) -> torch.Tensor:
         """By the method at the prefill stage."""
         return self.at("prefill").prefill(model, input_ids, attention_mask, cache)
+
+    def runtime_prefill(self, model: PreTrainedModel) -> ReadAhead | None:
+        """Of the method at the prefill stage."""
+        return self.at("prefill").runtime_prefill(model)
 
     def decode(
         self, model: PreTrainedModel, token_ids: torch.Tensor, attention_mask: torch.Tensor, cache: Cache

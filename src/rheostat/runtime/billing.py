@@ -10,10 +10,20 @@ from collections.abc import Sequence
 
 import torch
 
-from rheostat.cost import Cost, attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
+from rheostat.cost import (
+    Cost,
+    attention_cost,
+    attention_weight_bytes,
+    embedding_cost,
+    ffn_cost,
+    head_cost,
+    prediction_cost,
+    rows_cost,
+)
 from rheostat.geometry import Geometry
 from rheostat.meter import PARTS, Meter
-from rheostat.runtime.weights import DecoderWeights
+from rheostat.runtime.prefill import Prompt
+from rheostat.runtime.weights import DecoderWeights, PredictedLayers
 
 
 class Tally:
@@ -39,7 +49,7 @@ class Biller:
         self.full = torch.tensor([len(ffn.sizes) - 1 for ffn in ffns], dtype=torch.int64)  # [R]
         self.has_own_downs = torch.tensor([len(ffn.downs) > 1 for ffn in ffns], dtype=torch.bool)
         self.num_experts = [len(ffn.sizes) for ffn in ffns]
-        self.router_weights = sum(ffn.router.num_weights for ffn in ffns if ffn.router is not None)
+        self.router_weights = [ffn.router.num_weights for ffn in ffns if ffn.router is not None]
         self._kinds = Counter(geometry.windows or (0,) * geometry.num_layers)
         fixed = attention_weight_bytes(geometry, itemsize) + ffn_cost(geometry, 0, self.num_plain, itemsize)
         per_pass = fixed + head_cost(geometry, 0, itemsize)
@@ -59,18 +69,15 @@ class Biller:
         valid: torch.Tensor,
         lengths: Sequence[int],
         experts: Sequence[torch.Tensor] | None,
+        pasts: Sequence[int] | None = None,
     ) -> None:
-        """One pass over prompts that stood at `valid` [B, T]; experts of the packed tokens [N] for each routed layer,
-        or None where all took the full FFN."""
+        """One pass over prompts that stood at `valid` [B, T], each after its past; experts of the packed tokens [N] for
+        each routed layer, or None where all took the full FFN."""
         geometry, full = self.geometry, self.geometry.ffn_size
         meter.open_pass("prefill", valid, geometry.num_layers, full)
         num_tokens = sum(lengths)
-        cost = attention_weight_bytes(geometry, self.itemsize)
-        for length, number in Counter(lengths).items():
-            cost += attention_cost(geometry, length, 0, self.itemsize).times(number)
-        if self.num_plain:
-            cost += ffn_cost(geometry, num_tokens, self.num_plain, self.itemsize)
-        cost += embedding_cost(geometry, num_tokens, self.itemsize)
+        counts = zip(pasts or [0] * len(lengths), lengths, strict=True)
+        cost = rows_cost(geometry, counts, self.num_plain, self.itemsize)
         meter.bill(cost + head_cost(geometry, len(lengths), self.itemsize))
         widths = torch.full((num_tokens,), full * self.num_plain)
         if self.routed:
@@ -79,6 +86,27 @@ class Biller:
         channels = torch.zeros(valid.shape, dtype=torch.int64)
         channels[valid] = widths
         meter.widths(channels)
+
+    def ahead(
+        self, meter: Meter, tally: Tally, early: Prompt, maps: PredictedLayers, experts: Sequence[torch.Tensor] | None
+    ) -> None:
+        """One pass over prompts' early tokens, as an auxiliary of the first layers and maps for the others; experts of
+        the packed tokens [N] for each routed layer of the auxiliary, or None where all took the full FFN.
+
+        Billed as a pass of its own, as on `transformers`, though here the last tokens share its reading of weights.
+        """
+        geometry, itemsize, total = self.geometry, self.itemsize, sum(early.lengths)
+        counts = list(zip(early.pasts, early.lengths, strict=True))
+        routed = sum(place < maps.depth for place in self.routed)
+        with meter.charging("auxiliary"):
+            meter.open_pass("prefill", early.valid, geometry.num_layers, geometry.ffn_size)
+            meter.bill(rows_cost(geometry.first_layers(maps.depth), counts, maps.depth - routed, itemsize))
+            predicted = geometry.num_layers - maps.depth
+            meter.bill(prediction_cost(geometry, predicted, maps.num_weights, total, itemsize))
+            if routed:
+                chosen = torch.stack(list(experts)) if experts else self.full[:routed, None].expand(-1, total)
+                self._experts(meter, tally, chosen[None], is_routed=experts is not None)
+        meter.spare("prefill", early.valid, rows_cost(geometry, counts, geometry.num_layers, itemsize))
 
     def steps(
         self, meter: Meter, tally: Tally, pasts: torch.Tensor, experts: torch.Tensor | None, num_steps: int
@@ -109,6 +137,38 @@ class Biller:
             for record, row in zip(records, widths[-len(records) :], strict=True):
                 record.ffn_channels += row[:, None]
 
+    def check(
+        self,
+        meter: Meter,
+        tally: Tally,
+        pasts: Sequence[int],
+        counts: Sequence[int],
+        experts: torch.Tensor | None,
+    ) -> None:
+        """One pass over `counts` [B] new tokens after `pasts` [B] of each row, with logits after each.
+
+        Args:
+            experts: [L, N], or None where all took the full FFN.
+        """
+        geometry, full = self.geometry, self.geometry.ffn_size
+        num_tokens = sum(counts)
+        valid = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+        meter.open_pass("decode", valid, geometry.num_layers, full)
+        cost = attention_weight_bytes(geometry, self.itemsize)
+        for (new, past), number in Counter(zip(counts, pasts, strict=True)).items():
+            cost += attention_cost(geometry, new, past, self.itemsize).times(number)
+        if self.num_plain:
+            cost += ffn_cost(geometry, num_tokens, self.num_plain, self.itemsize)
+        cost += embedding_cost(geometry, num_tokens, self.itemsize)
+        meter.bill(cost + head_cost(geometry, num_tokens, self.itemsize))
+        widths = torch.full((num_tokens,), full * self.num_plain)
+        if self.routed:
+            chosen = self.full[:, None].expand(-1, num_tokens) if experts is None else experts[self.routed]
+            widths = widths + self._experts(meter, tally, chosen[None], is_routed=experts is not None)[0]
+        channels = torch.zeros(valid.shape, dtype=torch.int64)
+        channels[valid] = widths
+        meter.widths(channels)
+
     def _context(self, meter: Meter, pasts: torch.Tensor, num_steps: int) -> None:
         """What attention over `pasts` costs beyond that of a first token, which is billed already."""
         more = 0
@@ -120,16 +180,17 @@ class Biller:
         meter.add("scores", flops, num_bytes, flops, num_bytes)
 
     def _experts(self, meter: Meter, tally: Tally, chosen: torch.Tensor, *, is_routed: bool) -> torch.Tensor:
-        """Bill experts [n, R, N] of n passes; returns the channels [n, N] over all routed layers."""
+        """Bill experts [n, R, N] of n passes; returns the channels [n, N] over these routed layers: all, or the first
+        R of them."""
         num_passes, num_layers, num_tokens = chosen.shape
-        hidden_size, most = self.geometry.hidden_size, self.sizes.shape[1]
-        channels = self.sizes.gather(1, chosen.transpose(0, 1).reshape(num_layers, -1))  # [R, n * N]
+        sizes, hidden_size, most = self.sizes[:num_layers], self.geometry.hidden_size, self.sizes.shape[1]
+        channels = sizes.gather(1, chosen.transpose(0, 1).reshape(num_layers, -1))  # [R, n * N]
         counts = torch.zeros(num_passes, num_layers, most, dtype=torch.int64)
         counts.scatter_add_(2, chosen, torch.ones_like(chosen))
-        used = (counts > 0) * self.sizes  # [n, R, E], widths of the experts that were taken
+        used = (counts > 0) * sizes  # [n, R, E], widths of the experts that were taken
         widest = used.amax(2)
-        read = 2 * widest + torch.where(self.has_own_downs, used.sum(2), widest)
-        weights = 3 * hidden_size * int(self.sizes[:, -1].sum()) * num_passes
+        read = 2 * widest + torch.where(self.has_own_downs[:num_layers], used.sum(2), widest)
+        weights = 3 * hidden_size * int(sizes[:, -1].sum()) * num_passes
         meter.add(
             "ffn",
             6 * hidden_size * int(channels.sum()),
@@ -138,7 +199,7 @@ class Biller:
             weights * self.itemsize,
         )
         if is_routed:
-            router = self.router_weights * num_passes
+            router = sum(self.router_weights[:num_layers]) * num_passes
             meter.add("router", 2 * router * num_tokens, router * self.itemsize, 0, 0)
         self._count(meter, tally, counts.sum(0))
         return channels.view(num_layers, num_passes, num_tokens).sum(0)

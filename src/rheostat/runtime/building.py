@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rheostat import families
-from rheostat.methods.base import MeteredFFN
+from rheostat.methods.base import MeteredFFN, StandIn
 from rheostat.runtime.weights import DecoderWeights, FFNWeights, LayerWeights
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
@@ -33,7 +33,7 @@ def build(model: Any, hooks: frozenset[int] = frozenset()) -> DecoderWeights:
     """The weights of a model, methods attached or not, as views of its own parameters.
 
     Args:
-        hooks: ids of hooks on the head that the caller answers for.
+        hooks: ids of hooks that the caller answers for.
 
     Raises:
         Unsupported: with the reason.
@@ -53,11 +53,11 @@ def build(model: Any, hooks: frozenset[int] = frozenset()) -> DecoderWeights:
         raise Unsupported(f"rotary positions of the kind {getattr(rotary, 'rope_type', None)}")
     first = families.layers(model)[0]
     attention: Any = first.self_attn
-    embedding, out = _embedding(decoder.embed_tokens), _linear(head, biases=False, hooks=hooks)[0]
+    embedding, out = _embedding(decoder.embed_tokens, hooks), _linear(head, hooks, biases=False)[0]
     return DecoderWeights(
         embedding=embedding,
-        layers=tuple(_layer(model, layer) for layer in families.layers(model)),
-        final_norm=_norm(decoder.norm),
+        layers=tuple(_layer(model, layer, hooks) for layer in families.layers(model)),
+        final_norm=_norm(decoder.norm, hooks),
         head=embedding if _is_tied(embedding, out) else out,
         inv_freq=rotary.inv_freq,
         rope_scale=float(rotary.attention_scaling),
@@ -80,34 +80,34 @@ def stamp(model: Any, weights: DecoderWeights) -> tuple[Any, ...]:
     return (written, shape, weights.attention_scale, weights.rope_scale)
 
 
-def _layer(model: Any, layer: Any) -> LayerWeights:
+def _layer(model: Any, layer: Any, hooks: frozenset[int]) -> LayerWeights:
     attention = layer.self_attn
     for module in (layer, attention):
-        _check_own(module)
+        _check_own(module, hooks)
     if hasattr(attention, "qkv_proj"):
-        q, k, v, biases = _split(attention.qkv_proj, model.config)
+        q, k, v, biases = _split(attention.qkv_proj, model.config, hooks)
     else:
-        found = [_linear(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj")]
+        found = [_linear(getattr(attention, name), hooks) for name in ("q_proj", "k_proj", "v_proj")]
         (q, k, v), biases = [weight for weight, _ in found], [bias for _, bias in found]
-    o, o_bias = _linear(attention.o_proj)
+    o, o_bias = _linear(attention.o_proj, hooks)
     return LayerWeights(
-        input_norm=_norm(layer.input_layernorm),
+        input_norm=_norm(layer.input_layernorm, hooks),
         **{"q": q, "k": k, "v": v, "o": o},
         **dict(zip(("q_bias", "k_bias", "v_bias"), biases, strict=True)),
         o_bias=o_bias,
-        q_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-        k_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        q_norm=_norm(attention.q_norm, hooks) if hasattr(attention, "q_norm") else None,
+        k_norm=_norm(attention.k_norm, hooks) if hasattr(attention, "k_norm") else None,
         has_rope=bool(getattr(attention, "use_rope", True)),
         window=_window(model.config, attention),
-        post_norm=_norm(layer.post_attention_layernorm),
-        ffn=_ffn(model, layer),
+        post_norm=_norm(layer.post_attention_layernorm, hooks),
+        ffn=_ffn(model, layer, hooks),
     )
 
 
-def _ffn(model: Any, layer: Any) -> FFNWeights:
+def _ffn(model: Any, layer: Any, hooks: frozenset[int]) -> FFNWeights:
     mlp = layer.mlp
     if isinstance(mlp, MeteredFFN):
-        _check_hooks(mlp)
+        _check_hooks(mlp, hooks)
         found = mlp.runtime_weights()
         if found is None:
             raise Unsupported(f"an FFN of the kind {type(mlp).__name__}")
@@ -118,15 +118,17 @@ def _ffn(model: Any, layer: Any) -> FFNWeights:
         gate, up = plain.gate_up(0, plain.ffn_size)
         down = plain.down.weight
         found = FFNWeights(gate=gate, up=up, downs=(down,), down_biases=(None,), sizes=(plain.ffn_size,))
-    _check_own(host)
+    _check_own(host, hooks)
     for linear in host.children():
         if hasattr(linear, "weight"):
-            _linear(linear, biases=False)
+            _linear(linear, hooks, biases=False)
     return found
 
 
-def _split(fused: nn.Module, config: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
-    weight, bias = _linear(fused)
+def _split(
+    fused: nn.Module, config: Any, hooks: frozenset[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
+    weight, bias = _linear(fused, hooks)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     sizes = [config.num_attention_heads * width] + [config.num_key_value_heads * width] * 2
     q, k, v = weight.split(sizes)
@@ -134,8 +136,11 @@ def _split(fused: nn.Module, config: Any) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def _linear(
-    module: nn.Module, *, biases: bool = True, hooks: frozenset[int] = frozenset()
+    module: nn.Module, hooks: frozenset[int], *, biases: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    while isinstance(module, StandIn):
+        _check_hooks(module, hooks)
+        module = module.host
     if type(module) is not nn.Linear:
         raise Unsupported(f"a projection of the kind {type(module).__name__}")
     _check_hooks(module, hooks)
@@ -144,10 +149,10 @@ def _linear(
     return module.weight.detach(), None if module.bias is None else module.bias.detach()
 
 
-def _embedding(module: nn.Module) -> torch.Tensor:
+def _embedding(module: nn.Module, hooks: frozenset[int]) -> torch.Tensor:
     if type(module) is not nn.Embedding:
         raise Unsupported(f"an embedding of the kind {type(module).__name__}")
-    _check_hooks(module)
+    _check_hooks(module, hooks)
     return module.weight.detach()
 
 
@@ -155,8 +160,8 @@ def _is_tied(embedding: torch.Tensor, head: torch.Tensor) -> bool:
     return embedding.data_ptr() == head.data_ptr() and embedding.shape == head.shape
 
 
-def _norm(module: Any) -> torch.Tensor:
-    _check_own(module)
+def _norm(module: Any, hooks: frozenset[int]) -> torch.Tensor:
+    _check_own(module, hooks)
     return module.weight.detach()
 
 
@@ -180,13 +185,13 @@ def _activation(act: Any) -> str:
     return names[type(act).__name__]
 
 
-def _check_own(module: nn.Module) -> None:
+def _check_own(module: nn.Module, hooks: frozenset[int]) -> None:
     """Refuse a module that is not of `transformers`, or that was given another forward."""
     if not type(module).__module__.startswith("transformers.models.") or "forward" in vars(module):
         raise Unsupported(f"a module of the kind {type(module).__name__}")
-    _check_hooks(module)
+    _check_hooks(module, hooks)
 
 
-def _check_hooks(module: nn.Module, known: frozenset[int] = frozenset()) -> None:
+def _check_hooks(module: nn.Module, known: frozenset[int]) -> None:
     if {*module._forward_hooks, *module._forward_pre_hooks} - known:
         raise Unsupported(f"a hook on {type(module).__name__}")

@@ -6,9 +6,14 @@ its tokens in slots `starts[b]` to `lengths[b] - 1`; the slots before are left p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from rheostat.errors import bad_setting
+
+UNLIMITED = 1 << 30
+"""Tokens, of a cache that sets no limit."""
 
 SMALLEST = 64
 """Slots of a new cache at least."""
@@ -25,6 +30,8 @@ class KVCache:
     """[B] int32: the slot that each row's next token goes to."""
     starts: torch.Tensor
     """[B] int32: each row's first slot that is not padding."""
+    body: Any = None
+    """What comes before the slots, where it is kept in fewer bits."""
 
     def __init__(
         self,
@@ -91,9 +98,16 @@ class KVCache:
             for row, length in enumerate(lengths):
                 place[row, :, length : length + num_tokens] = new[row].transpose(0, 1)
 
-    def advance(self, num_tokens: int) -> None:
-        """Count `num_tokens` more in each row, which all layers have written."""
+    def advance(self, num_tokens: int | torch.Tensor) -> None:
+        """Count `num_tokens` more (one number, or [B]), which all layers have written."""
         self.lengths += num_tokens
+
+    def above(self, layer: int) -> KVCache:
+        """The layers from `layer` on, on the same memory as long as it need not grow; lengths are shared."""
+        view = object.__new__(KVCache)
+        view.keys, view.values = self.keys[layer:], self.values[layer:]
+        view.lengths, view.starts = self.lengths, self.starts
+        return view
 
     def truncate(self, lengths: torch.Tensor | int) -> None:
         """Go back to these `lengths` (one for all rows, or [B]): what came after is forgotten.
@@ -105,6 +119,18 @@ class KVCache:
         if bool(((wanted > self.lengths) | (wanted < self.starts)).any()):
             raise bad_setting("lengths", wanted.tolist(), f"from {self.starts.tolist()} to {self.lengths.tolist()}")
         self.lengths = wanted
+
+    def contents(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values [B, K, S, d] of a layer, and in which column [B] each row's slot 0 is."""
+        return self.keys[layer], self.values[layer], torch.zeros_like(self.lengths)
+
+    def room(self) -> list[int]:
+        """For each row, how many tokens after the next one a pass may check and be sure that it reads what a pass of
+        one token would read: no limit."""
+        return [UNLIMITED] * self.num_rows
+
+    def settle(self) -> None:
+        """Nothing will be taken back of what is held now: a cache that quantises as it grows may do so."""
 
     def fill(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], starts: torch.Tensor) -> None:
         """Take over keys and values [B, K, S, d] of every layer, left-padded: row b begins at slot `starts[b]`."""

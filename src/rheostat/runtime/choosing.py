@@ -16,6 +16,10 @@ KNOWN_STAGES = frozenset({"weights", "width", "training", "analysis", "prefill"}
 """Stages of methods that the runtime can live with: their modules say what to compute, or a prompt is read by the
 method itself and we go on from its cache."""
 
+FORMED_STAGES = frozenset({"cache", "decode"})
+"""Stages that it can live with where the method has a form of them that the runtime keeps (`Method.cache_form`,
+`Method.draft_form`)."""
+
 OWN_GENERATE = frozenset({"prefill"})
 """Of those, the ones that `generate` of `transformers` has no place for."""
 

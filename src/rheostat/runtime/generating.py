@@ -16,6 +16,7 @@ from transformers.generation import GenerationMode, StoppingCriteriaList, StopSt
 
 from rheostat.runtime.building import Unsupported
 from rheostat.runtime.engine import Batch, Runtime, Settings
+from rheostat.sampling import most_likely
 from rheostat.spending import current_spending
 
 SettingsOf = Callable[[str, int], Settings]
@@ -87,6 +88,8 @@ class _Loop:
     ) -> torch.Tensor:
         """Ids [B, T + new]."""
         _check(input_ids, generation_config, model_kwargs)
+        if self.runtime.ahead is not None and generation_config.prefill_chunk_size:
+            raise Unsupported("prefill_chunk_size, which reads prompts in all layers")
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
         num_rows, num_tokens = input_ids.shape
@@ -119,7 +122,7 @@ class _Loop:
             if config.do_sample:
                 drawn = torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
             else:
-                drawn = scores.argmax(-1)
+                drawn = most_likely(scores)
             if has_ends:
                 drawn = drawn * unfinished + config._pad_token_tensor * (1 - unfinished)
             ids = torch.cat([ids, drawn[:, None]], dim=-1)

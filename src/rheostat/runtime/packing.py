@@ -6,15 +6,17 @@ multiplies each weight with hundreds of rows, so there the matrix unit counts: p
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from rheostat.errors import SettingError, bad_setting
-from rheostat.kernels import FORMATS, pack
+from rheostat.kernels import FORMATS, NativeReader, pack
 from rheostat.runtime.building import Unsupported
-from rheostat.runtime.weights import DecoderWeights, FFNWeights, LayerWeights, Matrix
+from rheostat.runtime.weights import DecoderWeights, DraftForm, FFNWeights, LayerWeights, Matrix, PredictedLayers
 
 AUTO = "auto"
 
@@ -64,6 +66,33 @@ def decode_form(weights: DecoderWeights, format: str, *, is_packed: bool = True)
     return found
 
 
+def draft_form(
+    weights: DecoderWeights, decode: DecoderWeights, form: DraftForm, *, is_packed: bool = True
+) -> DecoderWeights:
+    """The decoder as a draft reads it: what `form` names in 4 bits, the rest shared with the decode form.
+
+    Raises:
+        Unsupported: the weights cannot be held in 4 bits.
+    """
+    check_edges(weights.layers[0].ffn.sizes, "int4")
+    places = {"ffn": ("gate", "up", "downs"), "attention": ("q", "k", "v", "o")}
+    named = {name for place in form.places for name in places.get(place, ())}
+
+    def convert(matrix: Matrix) -> Matrix:
+        packed = pack(matrix, "int4", GROUP)
+        return packed if is_packed else packed.unpack()
+
+    layers = []
+    for full, other in zip(weights.layers, decode.layers, strict=True):
+        own = {name: convert(getattr(full, name)) for name in places["attention"] if name in named}
+        ffn: dict[str, Any] = {name: convert(getattr(full.ffn, name)) for name in ("gate", "up") if name in named}
+        if "downs" in named:
+            ffn["downs"] = tuple(convert(down) for down in full.ffn.downs)
+        layers.append(replace(other, **own, ffn=replace(other.ffn, **ffn)))
+    head = convert(weights.head) if "head" in form.places else decode.head
+    return replace(decode, layers=tuple(layers), head=head)
+
+
 def check_edges(sizes: tuple[int, ...], format: str) -> None:
     """Refuse experts whose edge lies inside a group of channels that share a scale.
 
@@ -81,6 +110,33 @@ def prefill_form(weights: DecoderWeights, dtype: torch.dtype) -> DecoderWeights:
     return replace(weights, layers=layers)
 
 
+def native_prefill_form(
+    weights: DecoderWeights, code: ctypes.CDLL, decode: DecoderWeights | None = None
+) -> DecoderWeights:
+    """The decoder as native code reads prompts with it: matrices in panels of bfloat16, the head's too.
+
+    Args:
+        decode: a form in bf16 whose panels serve both phases; None makes panels for this one.
+    """
+    if decode is None:
+        layers = tuple(_mapped_layer(layer, lambda matrix: pack(matrix, "bf16")) for layer in weights.layers)
+        decode = replace(weights, layers=layers, head=pack(weights.head, "bf16"))
+    return replace(decode, reader=NativeReader(code, decode))
+
+
+def ahead_form(layers: PredictedLayers, dtype: torch.dtype) -> PredictedLayers:
+    """Maps with their matrices in `dtype`, those of all layers one below the other, for a single product."""
+    squeeze = None if layers.squeeze is None else layers.squeeze.to(dtype)
+    maps, biases, firsts = (torch.cat(list(one)) for one in (layers.maps, layers.biases, layers.firsts))
+    return replace(layers, squeeze=squeeze, maps=(maps.to(dtype),), biases=(biases.to(dtype),), firsts=(firsts,))
+
+
+def ahead_bytes(layers: PredictedLayers, others: PredictedLayers) -> int:
+    """Bytes of the matrices of `layers` that are not those of `others`."""
+    shared = {_place(one) for one in others.matrices}
+    return sum(one.nbytes for one in layers.matrices if _place(one) not in shared)
+
+
 def prefill_dtype(format: str) -> torch.dtype:
     """What to read prompts in: float32 for float32 weights; else bfloat16 where the processor multiplies it."""
     has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -96,9 +152,9 @@ def matrices(weights: DecoderWeights) -> Iterator[Matrix]:
     yield weights.head
 
 
-def own_bytes(weights: DecoderWeights, others: DecoderWeights) -> int:
-    """Bytes of the matrices of `weights` that are not those of `others` too."""
-    shared = {_place(matrix) for matrix in matrices(others)}
+def own_bytes(weights: DecoderWeights, *others: DecoderWeights) -> int:
+    """Bytes of the matrices of `weights` that are not those of one of `others` too."""
+    shared = {_place(matrix) for other in others for matrix in matrices(other)}
     return sum({_place(one): one.nbytes for one in matrices(weights) if _place(one) not in shared}.values())
 
 

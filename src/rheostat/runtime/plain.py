@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +26,7 @@ class Decode(Protocol):
         cache: KVCache,
         settings: torch.Tensor | None,
         rope: RopeTable,
+        counts: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
 
@@ -35,10 +37,14 @@ class _Step:
     weights: DecoderWeights
     cache: KVCache
     cos: torch.Tensor
-    """[B, 1, r / 2]."""
+    """[N, 1, r / 2]."""
     sin: torch.Tensor
     settings: torch.Tensor | None
-    """[B]."""
+    """[N]."""
+    owners: torch.Tensor
+    """[N], each token's row of the cache."""
+    slots: torch.Tensor
+    """[N], where each token's key and value go."""
 
 
 def step(
@@ -48,27 +54,35 @@ def step(
     cache: KVCache,
     settings: torch.Tensor | None,
     rope: RopeTable,
+    counts: Sequence[int] | None = None,
+    hidden: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Take the newest token of each row: its keys and values join the cache, whose lengths grow by one.
+    """Take the newest token of each row, or its newest `counts` tokens: their keys and values join the cache, whose
+    lengths grow by as many. Each token sees those of its row before it, and itself.
 
     Args:
         weights: the decoder.
-        token_ids: [B] int64.
-        positions: [B] int64, what the tokens' queries and keys are rotated by.
-        cache: with a row for each token. It grows where it has to.
-        settings: [B] float32, the native setting of each row; None, or 0 in a row, is the full FFN.
+        token_ids: [N] int64, by row of the cache; one a row, or `counts`.
+        positions: [N] int64, what the tokens' queries and keys are rotated by.
+        cache: with B rows. It grows where it has to.
+        settings: [N] float32, the native setting of each token; None, or 0 for one, is the full FFN.
         rope: the table for `weights`.
+        counts: [B], new tokens of each row, 0 for one that waits. None: one a row.
+        hidden: [N, D] float32, what enters the first of the layers instead of the tokens' embeddings.
 
     Returns:
-        Logits [B, V] float32, and the expert [L, B] int64 that each layer took; None when all took the full FFN
+        Logits [N, V] float32, and the expert [L, N] int64 that each layer took; None when all took the full FFN
         without a router being asked.
     """
     cos, sin = rope.at(positions)
     if settings is not None and not bool((settings > 0).any()):
         settings = None
-    shared = _Step(weights, cache, cos[:, None], sin[:, None], settings)
-    cache.reserve(int(cache.lengths.max()) + 1)
-    h = rows_of(weights.embedding, token_ids)  # [B, D]
+    news = torch.tensor([1] * cache.num_rows if counts is None else list(counts), dtype=torch.int32)
+    owners = torch.arange(len(news)).repeat_interleave(news)
+    slots = torch.cat([torch.arange(n) for n in news.tolist()]) + cache.lengths[owners]
+    shared = _Step(weights, cache, cos[:, None], sin[:, None], settings, owners, slots)
+    cache.reserve(int((cache.lengths + news).max()))
+    h = rows_of(weights.embedding, token_ids) if hidden is None else hidden  # [N, D]
     experts = []
     for place, layer in enumerate(weights.layers):
         h = h + _attention(shared, place, layer, rms_norm(h, layer.input_norm, weights.eps))
@@ -76,29 +90,30 @@ def step(
         choice = choose(layer.ffn, x, settings)
         h = h + nested_ffn(layer.ffn, x, choice, weights.activation)
         experts.append(choice)
-    cache.advance(1)
+    cache.advance(news)
     logits = product(weights.head, rms_norm(h, weights.final_norm, weights.eps)).float()
     chosen = torch.stack(experts) if settings is not None and weights.is_routed else None
     return logits, chosen
 
 
 def _attention(shared: _Step, place: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-    """Attention of the newest tokens x [B, D] over the cache and themselves."""
+    """Attention of the newest tokens x [N, D] over the cache and themselves."""
     weights, cache = shared.weights, shared.cache
     q, k, v = (
         product(matrix, x, bias).view(len(x), 1, -1, weights.head_dim)
         for matrix, bias in ((layer.q, layer.q_bias), (layer.k, layer.k_bias), (layer.v, layer.v_bias))
-    )  # [B, 1, heads, d]
+    )  # [N, 1, heads, d]
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = rms_norm(q, layer.q_norm, weights.eps), rms_norm(k, layer.k_norm, weights.eps)
     if layer.has_rope:
         q, k = rotate(q, shared.cos, shared.sin), rotate(k, shared.cos, shared.sin)
-    cache.write(place, k.to(cache.dtype), v.to(cache.dtype))
-    lengths = cache.lengths + 1
-    starts = torch.maximum(cache.starts, lengths - layer.window) if layer.window else cache.starts
-    out = decode_attention(
-        q[:, 0], cache.keys[place], cache.values[place], starts, lengths, scale=weights.attention_scale
-    )
+    owners, slots = shared.owners, shared.slots
+    cache.keys[place][owners, :, slots] = k[:, 0].to(cache.dtype)
+    cache.values[place][owners, :, slots] = v[:, 0].to(cache.dtype)
+    keys, values, column = cache.contents(place)
+    lengths = slots + column[owners] + 1
+    starts = torch.maximum(cache.starts[owners], lengths - layer.window) if layer.window else cache.starts[owners]
+    out = decode_attention(q[:, 0], keys[owners], values[owners], starts, lengths, scale=weights.attention_scale)
     return product(layer.o, out.reshape(len(x), -1), layer.o_bias)
 
 

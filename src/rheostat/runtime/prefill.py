@@ -28,35 +28,54 @@ the whole square of a prompt that short."""
 
 @dataclass(frozen=True)
 class Prompt:
-    """The tokens of a batch of prompts, packed without their padding."""
+    """The tokens of a batch of prompts, or of pieces of them, packed without their padding."""
 
     token_ids: torch.Tensor
     """[N]."""
     positions: torch.Tensor
-    """[N], from 0 in each row."""
+    """[N], of each row from its past on."""
     lengths: list[int]
     """Tokens of each row."""
     valid: torch.Tensor
     """[B, T] bool, where they stood."""
+    rows: list[int]
+    """Row of the cache that each is in."""
+    pasts: list[int]
+    """Tokens of each row that the cache holds before these."""
 
     @classmethod
-    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Prompt:
-        """Pack token ids [B, T]; the mask [B, T] is 0 at padding."""
+    def of(
+        cls,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        rows: Sequence[int] | None = None,
+        pasts: Sequence[int] | None = None,
+    ) -> Prompt:
+        """Pack token ids [B, T]; the mask [B, T] is 0 at padding. Rows of the cache are 0 to B - 1 and empty, unless
+        others are named."""
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         lengths = valid.sum(1).tolist()
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        return cls(input_ids[valid], positions, lengths, valid)
+        befores = [0] * len(lengths) if pasts is None else list(pasts)
+        pairs = zip(befores, lengths, strict=True)
+        positions = torch.cat([torch.arange(past, past + length) for past, length in pairs])
+        places = list(range(len(lengths))) if rows is None else list(rows)
+        return cls(input_ids[valid], positions, lengths, valid, places, befores)
 
     @property
     def firsts(self) -> torch.Tensor:
-        """[B], where each row's first token is among the packed."""
-        ends = torch.tensor(self.lengths).cumsum(0)
-        return ends - torch.tensor(self.lengths)
+        """Where the first tokens of texts are among the packed: [B], less the rows that have a past."""
+        return (self.positions == 0).nonzero()[:, 0]
 
     @property
     def lasts(self) -> torch.Tensor:
         """[B], where each row's last token is."""
         return torch.tensor(self.lengths).cumsum(0) - 1
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens of each row with its past."""
+        return [past + length for past, length in zip(self.pasts, self.lengths, strict=True)]
 
 
 def prefill(
@@ -66,12 +85,12 @@ def prefill(
     settings: torch.Tensor | None,
     rope: RopeTable,
 ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-    """Read prompts into an empty cache.
+    """Read prompts into the cache through all layers.
 
     Args:
         weights: with matrices in the dtype to compute in; the residual stream is float32 all the same.
         prompt: B rows.
-        cache: of B rows; each row's tokens begin at slot 0.
+        cache: has the prompt's rows, in which tokens begin at slot 0.
         settings: [B] float32, the native setting of each row; None, or 0 in a row, is the full FFN.
         rope: the table for `weights`.
 
@@ -79,15 +98,50 @@ def prefill(
         The last tokens' normalised hidden states [B, D], which the head turns into logits, and each layer's experts
         [N]; None where no router was asked.
     """
+    h = embed(weights, prompt)
+    experts = run_layers(weights, range(len(weights.layers)), h, prompt, cache, settings, rope)
+    set_lengths(cache, prompt)
+    return rms_norm(h[prompt.lasts], weights.final_norm, weights.eps), experts
+
+
+def embed(weights: DecoderWeights, prompt: Prompt) -> torch.Tensor:
+    """The residual stream [N, D] float32 that enters the first layer."""
+    return dense(weights.embedding)[prompt.token_ids].float()
+
+
+def set_lengths(cache: KVCache, prompt: Prompt) -> None:
+    """The cache's rows hold the prompt now: all layers have written it."""
+    cache.lengths[prompt.rows] = torch.tensor(prompt.ends, dtype=torch.int32)
+
+
+def run_layers(
+    weights: DecoderWeights,
+    layers: range,
+    h: torch.Tensor,
+    prompt: Prompt,
+    cache: KVCache,
+    settings: torch.Tensor | None,
+    rope: RopeTable,
+) -> list[torch.Tensor] | None:
+    """Some layers on tokens whose residual stream is h [N, D] float32, which is changed in place.
+
+    Each of these layers writes the tokens' keys and values after each row's past, which it finds in the cache; the
+    other layers' are not touched, and neither are the cache's lengths (see `set_lengths`).
+
+    Returns:
+        Experts [N] of each routed layer among these; None where no router was asked.
+    """
+    if weights.reader is not None:
+        experts: list[torch.Tensor] | None = weights.reader(layers, h, prompt, cache, settings, rope)
+        return experts
     if settings is not None and not bool((settings > 0).any()):
         settings = None
-    longest = max(prompt.lengths)
-    cache.reserve(longest)
+    cache.reserve(max(prompt.ends))
     angles = [one[None] for one in rope.at(prompt.positions)]  # [1, N, r / 2]
     by_token = None if settings is None else settings.repeat_interleave(torch.tensor(prompt.lengths))
-    h = dense(weights.embedding)[prompt.token_ids].float()  # [N, D]
     experts = []
-    for place, layer in enumerate(weights.layers):
+    for place in layers:
+        layer = weights.layers[place]
         dtype = dense(layer.o).dtype
         h += _attention(
             weights, place, layer, rms_norm(h, layer.input_norm, weights.eps).to(dtype), prompt, cache, angles
@@ -100,8 +154,7 @@ def prefill(
         choice[prompt.firsts] = len(layer.ffn.sizes) - 1  # the attention sink: its huge activations serve all
         h += grouped_ffn(layer.ffn, x.to(dtype), choice, weights.activation)
         experts.append(choice)
-    cache.lengths.copy_(torch.tensor(prompt.lengths, dtype=torch.int32))
-    return rms_norm(h[prompt.lasts], weights.final_norm, weights.eps), experts or None
+    return experts or None
 
 
 def _attention(
@@ -113,7 +166,7 @@ def _attention(
     cache: KVCache,
     angles: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """Causal attention of packed tokens x [N, D], each row for itself. Returns [N, D]."""
+    """Causal attention of packed tokens x [N, D], each row for itself and its past. Returns [N, D]."""
     q, k, v = (
         linear(x, dense(matrix), bias).view(1, len(x), -1, weights.head_dim)
         for matrix, bias in ((layer.q, layer.q_bias), (layer.k, layer.k_bias), (layer.v, layer.v_bias))
@@ -123,32 +176,36 @@ def _attention(
     if layer.has_rope:
         q, k = rotate(q, *angles), rotate(k, *angles)
     outs, start = [], 0
-    for row, length in enumerate(prompt.lengths):
-        mine = slice(start, start + length)
-        rows = [one[0, mine].transpose(0, 1) for one in (q, k, v)]  # [heads, T, d]
-        cache.keys[place, row, :, :length] = rows[1]
-        cache.values[place, row, :, :length] = rows[2]
-        outs.append(causal(*rows, scale=weights.attention_scale, window=layer.window).transpose(0, 1).flatten(1))
+    for row, past, length in zip(prompt.rows, prompt.pasts, prompt.lengths, strict=True):
+        mine, end = slice(start, start + length), past + length
+        queries, keys, values = (one[0, mine].transpose(0, 1) for one in (q, k, v))  # [heads, T, d]
+        cache.keys[place, row, :, past:end] = keys
+        cache.values[place, row, :, past:end] = values
+        if past:
+            keys, values = (one[place, row, :, :end].to(x.dtype) for one in (cache.keys, cache.values))
+        out = causal(queries, keys, values, scale=weights.attention_scale, window=layer.window)
+        outs.append(out.transpose(0, 1).flatten(1))
         start += length
     return linear(outs[0] if len(outs) == 1 else torch.cat(outs), dense(layer.o), layer.o_bias)
 
 
 def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, window: int) -> torch.Tensor:
-    """One row's heads: queries [H, T, d], keys and values [K, T, d]. Returns [H, T, d]."""
-    groups, length = q.shape[0] // k.shape[0], q.shape[1]
+    """One row's heads: queries [H, T, d] of the last T tokens, keys and values [K, S, d]. Returns [H, T, d]."""
+    groups, length, end = q.shape[0] // k.shape[0], q.shape[1], k.shape[1]
     if groups > 1:  # repeated, because the fast kernel of torch does not take groups
         k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
     attend = nn.functional.scaled_dot_product_attention
-    window = window if window < length else 0
-    if not window and not SHORT_BLOCK < length <= 2 * SHORT_BLOCK:
+    window, past = window if window < end else 0, end - length
+    if not window and not past and not SHORT_BLOCK < length <= 2 * SHORT_BLOCK:
         return attend(q[None], k[None], v[None], is_causal=True, scale=scale)[0]
-    size = QUERY_BLOCK if window else SHORT_BLOCK
+    size = QUERY_BLOCK if window or past else SHORT_BLOCK
     parts = []
     for first in range(0, length, size):
         last = min(length, first + size)
-        low = max(0, first - window + 1) if window else 0
-        mask = _mask(first - low, last - first, window, q.dtype)
-        parts.append(attend(q[None, :, first:last], k[None, :, low:last], v[None, :, low:last], mask, scale=scale)[0])
+        low = max(0, past + first - window + 1) if window else 0
+        high = past + last
+        mask = None if last - first == 1 else _mask(past + first - low, last - first, window, q.dtype)
+        parts.append(attend(q[None, :, first:last], k[None, :, low:high], v[None, :, low:high], mask, scale=scale)[0])
     return torch.cat(parts, 1)
 
 

@@ -6,6 +6,7 @@ model's own parameters; `packing` replaces the large ones by matrices of another
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,24 @@ RULES = ("damage", "confidence")
   is 0; ties go to the larger.
 - `confidence`: E scores; the smallest e whose softmax probability summed over 0..e is at least 1 - setting.
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheForm:
+    """A cache whose older tokens are in two nibble planes (`caches.planes`), the newest in full precision."""
+
+    group_size: int
+    """G, tokens of a key group; the newest G to 2G - 1 tokens stay as they are."""
+    value_group_size: int = 0
+    """Channels of a value group; 0 is the whole head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftForm:
+    """How the model reads itself while it drafts: these weights in 4 bits, and a cache in planes as 4-bit numbers."""
+
+    places: tuple[str, ...]
+    """Of ffn, attention, head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +149,8 @@ class DecoderWeights:
     activation: str
     """One of `ACTIVATIONS`."""
     max_positions: int
+    reader: Any = None
+    """Takes prompts through the layers natively (`kernels.NativeReader`); None: plain PyTorch does."""
 
     @property
     def hidden_size(self) -> int:
@@ -145,3 +166,47 @@ class DecoderWeights:
     def is_routed(self) -> bool:
         """Whether there is anything to choose."""
         return any(layer.ffn.router is not None for layer in self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedLayers:
+    """Linear maps that give a prompt's keys and values in all layers from `depth` on, once those below have read it."""
+
+    depth: int
+    reads: tuple[int, ...]
+    """Layers, up to `depth`, whose normalised input [N, D] is read, side by side: X = their number times D."""
+    squeeze: Matrix | None
+    """[R, X], of all maps together; None where they read the X features themselves (R = X)."""
+    maps: tuple[Matrix, ...]
+    """Of each layer from `depth` on, [2 K d, R]: keys as they leave the projection, then values. Or all layers' in one
+    matrix, one below the other."""
+    biases: tuple[torch.Tensor, ...]
+    """[2 K d] of each layer, or of all."""
+    firsts: tuple[torch.Tensor, ...]
+    """[2 K d] of each layer, or of all: what a text's first token has instead."""
+
+    @property
+    def num_weights(self) -> int:
+        """Weights multiplied for one token."""
+        return sum(one.numel() for one in self.matrices)
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """All that a token is multiplied with."""
+        return self.maps if self.squeeze is None else (self.squeeze, *self.maps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadAhead:
+    """How prompts are read with their upper layers predicted; only the last tokens pass all layers."""
+
+    key: str
+    """Name of the native setting that decides on the depth."""
+    num_exact: int
+    """Tokens at a prompt's end that pass all layers; 1 at least."""
+    layers: Mapping[int, PredictedLayers]
+    """By depth."""
+    depth_at: Callable[[float], int | None]
+    """Native setting -> depth; None for all layers."""
+    hook_ids: frozenset[int] = frozenset()
+    """Of hooks on the model that do nothing in what the runtime replaces."""

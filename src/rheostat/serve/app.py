@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import AsyncIterator
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -12,18 +9,17 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 import rheostat
 from rheostat.errors import SettingError
-from rheostat.serve.answers import Chat, Choice, Plain, Shape, total
-from rheostat.serve.errors import Refusal, error_body
+from rheostat.serve.answers import Chat, Plain
+from rheostat.serve.errors import Refusal
 from rheostat.serve.gate import Gate
-from rheostat.serve.jobs import Bill, Done, Event, Failed, Job, RowDone, Token
+from rheostat.serve.generation import generate
 from rheostat.serve.metrics import Metrics
-from rheostat.serve.scheduler import Draining, Full
-from rheostat.serve.schema import ChatRequest, CompletionRequest, ErrorBody, Generation
+from rheostat.serve.schema import ChatRequest, CompletionRequest, ErrorBody
 from rheostat.serve.service import Service, UnknownModel
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -40,9 +36,6 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         504: "The time limit has passed",
     }.items()
 }
-
-Inbox = asyncio.Queue[tuple[int, Event]]
-"""(place of the job, event)."""
 
 
 def create_app(service: Service, metrics: Metrics) -> FastAPI:
@@ -74,12 +67,12 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", responses=ERRORS, response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Continue a conversation."""
-        return await _generate(service, body, request, Chat, "chatcmpl")
+        return await generate(service, body, request, Chat, "chatcmpl")
 
     @app.post("/v1/completions", responses=ERRORS, response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts."""
-        return await _generate(service, body, request, Plain, "cmpl")
+        return await generate(service, body, request, Plain, "cmpl")
 
 
 def _add_rest(app: FastAPI, service: Service, metrics: Metrics) -> None:
@@ -141,124 +134,6 @@ def _dial(service: Service) -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def _page() -> str:
     return (files("rheostat.serve") / "page.html").read_text(encoding="utf-8")
-
-
-# -- generation
-
-
-async def _generate(service: Service, body: Generation, request: Request, kind: type[Shape], prefix: str) -> Response:
-    id = f"{prefix}-{request.state.request_id}"
-    jobs = await asyncio.to_thread(service.jobs, body, id)  # encoding a long prompt takes a while
-    shape = kind(
-        id=id,
-        model=body.model,
-        decode=lambda token: service.tokenizer.decode([token]),
-        wants_logprobs=jobs[0].num_top is not None,
-        wants_layers=body.compute_trace,
-    )
-    inbox: Inbox = asyncio.Queue()
-    _submit(service, jobs, inbox)
-    if body.stream:
-        wants_usage = body.stream_options is not None and body.stream_options.include_usage
-        stream = _stream(service, shape, jobs, inbox, wants_usage)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
-    return await _whole(service, shape, jobs, inbox, request)
-
-
-def _submit(service: Service, jobs: list[Job], inbox: Inbox) -> None:
-    """All jobs of a request, or none.
-
-    Raises:
-        Refusal: there is no room.
-    """
-    loop = asyncio.get_running_loop()
-    for place, job in enumerate(jobs):
-
-        def sink(event: Event, place: int = place) -> None:
-            loop.call_soon_threadsafe(inbox.put_nowait, (place, event))
-
-        try:
-            service.engine.submit(job, sink)
-        except (Full, Draining) as error:
-            _cancel(service, jobs[:place])
-            raise _no_room(service, error) from None
-
-
-def _no_room(service: Service, error: Exception) -> Refusal:
-    wait = service.engine.retry_after()
-    if isinstance(error, Full):
-        refusal = Refusal(429, f"the queue is full, come back in {wait} s", code="rate_limit_exceeded")
-    else:
-        refusal = Refusal(503, "the server is shutting down")
-    refusal.headers["retry-after"] = str(wait)
-    return refusal
-
-
-def _cancel(service: Service, jobs: list[Job]) -> None:
-    for job in jobs:
-        service.engine.cancel(job.id)
-
-
-async def _whole(service: Service, shape: Shape, jobs: list[Job], inbox: Inbox, request: Request) -> Response:
-    answer = asyncio.ensure_future(_collect(jobs, inbox))
-    gone = asyncio.ensure_future(request.receive())  # the body is read: what comes next is the client's leave
-    try:
-        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            return Response(status_code=499)  # nobody reads it
-        choices, bills = answer.result()
-        return JSONResponse(shape.body(choices, total(bills)))
-    finally:
-        answer.cancel()
-        gone.cancel()
-        _cancel(service, jobs)
-
-
-async def _collect(jobs: list[Job], inbox: Inbox) -> tuple[list[Choice], list[Bill]]:
-    choices = [Choice() for _ in range(jobs[0].n * len(jobs))]
-    bills: dict[int, Bill] = {}
-    while len(bills) < len(jobs):
-        place, event = await inbox.get()
-        if isinstance(event, Failed):
-            raise Refusal(event.status, event.message)
-        if isinstance(event, Done):
-            bills[place] = event.bill
-            continue
-        choice = choices[place * jobs[0].n + event.row]
-        choice.text += event.text
-        if isinstance(event, Token):
-            choice.tokens.append(event)
-        else:
-            choice.reason = event.reason
-    return choices, [bills[place] for place in range(len(jobs))]
-
-
-async def _stream(
-    service: Service, shape: Shape, jobs: list[Job], inbox: Inbox, wants_usage: bool
-) -> AsyncIterator[bytes]:
-    bills: list[Bill] = []
-    try:
-        for chunk in shape.chunks_first(jobs[0].n * len(jobs)):
-            yield _event(chunk)
-        while len(bills) < len(jobs):
-            place, event = await inbox.get()
-            if isinstance(event, Failed):
-                yield _event(error_body(event.status, event.message))
-                break
-            if isinstance(event, Done):
-                bills.append(event.bill)
-                continue
-            index = place * jobs[0].n + event.row
-            yield _event(shape.chunk_last(index, event) if isinstance(event, RowDone) else shape.chunk(index, event))
-        if wants_usage and len(bills) == len(jobs):
-            yield _event(shape.chunk_usage(total(bills)))
-        yield b"data: [DONE]\n\n"
-    finally:
-        _cancel(service, jobs)  # nothing to do for those that are done
-
-
-def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 # -- errors

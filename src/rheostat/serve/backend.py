@@ -51,15 +51,21 @@ class Backend(Protocol):
     name: str
     is_batched: bool
     """Whether a step takes all rows at once; else they come one by one."""
+    reads_pieces: bool
+    """Whether a prompt can be read in pieces, with steps of other rows between them."""
 
     def join(self, joins: Sequence[Join]) -> None:
         """Read the prompts of new rows and set their logits. On an error none of them has joined."""
+
+    def read(self, join: Join, start: int, stop: int) -> None:
+        """Read tokens `start` to `stop` - 1 of one prompt, after all before them; at its end the rows join. Only one
+        prompt is read so at a time. On an error the rows have not joined."""
 
     def step(self, rows: Sequence[Row], token_ids: Sequence[int], computes: Sequence[float]) -> None:
         """Read the newest token of each row and set its logits. After an error in a batch the rows are as before."""
 
     def leave(self, row: Row) -> None:
-        """Free what a row holds and bill it to the end."""
+        """Free what a row holds and bill it to the end; also of one whose prompt was not read to its end."""
 
     @property
     def cache_bytes(self) -> int:

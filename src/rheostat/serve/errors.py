@@ -36,3 +36,15 @@ def error_body(status: int, message: str, *, param: str | None = None, code: str
     """The JSON of an error."""
     kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def failure(error: Exception) -> tuple[int, str]:
+    """Status and message for a request that broke while it ran."""
+    if is_memory(error):
+        return 503, "the server has not enough memory for this request now; a shorter one may fit"
+    return 500, "this request failed; others did not"
+
+
+def is_memory(error: Exception) -> bool:
+    """Whether memory has run out: PyTorch says so in words only."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)

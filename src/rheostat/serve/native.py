@@ -10,10 +10,11 @@ import torch
 from rheostat.adapted import Adapted
 from rheostat.runtime import plain
 from rheostat.runtime.billing import Tally
-from rheostat.runtime.cache import SMALLEST, KVCache
-from rheostat.runtime.engine import Runtime, keys_and_values
+from rheostat.runtime.cache import KVCache
+from rheostat.runtime.engine import Batch, Runtime, keys_and_values
 from rheostat.runtime.prefill import Prompt, prefill
 from rheostat.serve.backend import Join, Row
+from rheostat.serve.row_cache import RowCache
 from rheostat.serve.stock import newest_width
 from rheostat.spending import spend
 
@@ -21,6 +22,18 @@ BILL_EVERY = 64
 """Steps after which a row is billed: a bound on what waits, large enough that billing costs nothing."""
 
 Chosen = list[torch.Tensor | None]
+
+
+@dataclass
+class _Reading:
+    """A prompt that is read in pieces."""
+
+    join: Join
+    cache: KVCache
+    """Its own, until it joins."""
+    experts: list[list[torch.Tensor]] = field(default_factory=list)
+    """Of each piece: the experts [T] of each routed layer; empty where all took the full FFN."""
+    num_read: int = 0
 
 
 @dataclass
@@ -34,79 +47,6 @@ class _Held:
     """The expert [L] that each layer took, of each step since."""
 
 
-class RowCache(KVCache):
-    """A cache with room for more rows than it shows: rows come and go without the others being copied.
-
-    `keys` and `values` are views of the rows in use, [L, B, K, S, d], in which each layer's part is contiguous.
-    """
-
-    def __init__(self, runtime: Runtime) -> None:
-        super().__init__(
-            num_layers=len(runtime.weights.layers),
-            num_rows=1,
-            num_kv_heads=runtime.weights.num_kv_heads,
-            head_dim=runtime.weights.head_dim,
-            dtype=runtime.cache_dtype,
-        )
-        self._keys, self._values = self.keys, self.values
-        self._show(0)
-
-    @property
-    def allocated(self) -> int:
-        """Bytes held, used or not."""
-        return self._keys.nbytes + self._values.nbytes
-
-    def reserve(self, num_slots: int) -> None:
-        """As `KVCache.reserve`, the hidden rows included."""
-        if num_slots > self.num_slots:
-            self._grow(self._keys.shape[1], max(num_slots, 2 * self.num_slots))
-
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """A new row at the end, with keys and values [L, K, S, d]."""
-        count, length = len(self.lengths), keys.shape[2]
-        if count == self._keys.shape[1]:
-            self._grow(2 * count, self.num_slots)
-        self.reserve(length)
-        self._keys[:, count, :, :length] = keys
-        self._values[:, count, :, :length] = values
-        self.lengths = torch.cat([self.lengths, torch.tensor([length], dtype=torch.int32)])
-        self._show(count + 1)
-
-    def drop(self, row: int) -> None:
-        """Free a row; the last one takes its place. Without rows, the memory goes back too."""
-        last = len(self.lengths) - 1
-        if row != last:
-            used = int(self.lengths[last])
-            self._keys[:, row, :, :used] = self._keys[:, last, :, :used]
-            self._values[:, row, :, :used] = self._values[:, last, :, :used]
-            self.lengths[row] = self.lengths[last]
-        self.lengths = self.lengths[:last].clone()
-        if not last:
-            self._keys, self._values = (one.new_zeros(*one.shape[:1], 1, one.shape[2], SMALLEST, one.shape[4])
-                                        for one in (self._keys, self._values))  # fmt: skip
-        self._show(last)
-
-    def only(self, row: int) -> KVCache:
-        """One row by itself, on the same memory as long as it need not grow."""
-        view = object.__new__(KVCache)
-        view.keys, view.values = self.keys[:, row : row + 1], self.values[:, row : row + 1]
-        view.lengths, view.starts = self.lengths[row : row + 1], self.starts[row : row + 1]
-        return view
-
-    def _show(self, count: int) -> None:
-        self.keys, self.values = self._keys[:, :count], self._values[:, :count]
-        self.lengths = self.lengths[:count]
-        self.starts = torch.zeros(count, dtype=torch.int32)
-
-    def _grow(self, num_rows: int, num_slots: int) -> None:
-        for name in ("_keys", "_values"):
-            old = getattr(self, name)
-            new = old.new_zeros(old.shape[0], num_rows, old.shape[2], num_slots, old.shape[4])
-            new[:, : old.shape[1], :, : old.shape[3]] = old
-            setattr(self, name, new)
-        self._show(len(self.lengths))
-
-
 class NativeBackend:
     """See the module."""
 
@@ -118,7 +58,8 @@ class NativeBackend:
         self.cache = RowCache(runtime)
         self._rows: list[Row] = []
         """In the order of the cache."""
-        self._prefills_itself = "prefill" not in adapted.method.acts_at()
+        self._reading: _Reading | None = None
+        self.reads_pieces = "prefill" not in adapted.method.acts_at()
 
     @property
     def cache_bytes(self) -> int:
@@ -130,49 +71,98 @@ class NativeBackend:
     @torch.inference_mode()
     def join(self, joins: Sequence[Join]) -> None:
         """As `Backend.join`: all prompts in one pass, or one by one where the method reads them."""
-        if self._prefills_itself:
-            self._read(joins)
+        if not self.reads_pieces:
+            for one in joins:
+                self._read_by_method(one)
             return
-        for one in joins:
-            self._read_by_method(one)
-
-    def _read(self, joins: Sequence[Join]) -> None:
-        runtime = self.runtime
         prompts = [one.rows[0].prompt for one in joins]
         lengths = [len(prompt) for prompt in prompts]
-        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-        valid = torch.zeros_like(ids)
-        for place, prompt in enumerate(prompts):
-            ids[place, : len(prompt)] = torch.tensor(prompt)
-            valid[place, : len(prompt)] = 1
-        fresh = runtime.new_cache(len(prompts), max(lengths))
-        settings = torch.tensor([self._native(one.compute) for one in joins])
-        hidden, experts = prefill(
-            runtime.prefill_weights, Prompt.of(ids, valid), fresh, settings if bool((settings > 0).any()) else None,
-            runtime.rope,
-        )  # fmt: skip
-        logits = plain.product(runtime.weights.head, hidden).float()  # [B, V]
+        fresh = self.runtime.new_cache(len(prompts), max(lengths))
+        logits, experts = self._pass(prompts, fresh, [one.compute for one in joins])
         parts = None if experts is None else [one.split(lengths) for one in experts]
         for place, one in enumerate(joins):
-            tally, meter, length = Tally(), one.rows[0].meter, lengths[place]
-            own = None if parts is None or settings[place] <= 0 else [part[place] for part in parts]
-            mask = torch.ones(1, length, dtype=torch.bool)
-            runtime.biller.prefill(meter, tally, mask, [length], own)
-            last = None if own is None else torch.stack([part[-1] for part in own])
-            for row in one.rows:
-                self.cache.append(fresh.keys[:, place, :, :length], fresh.values[:, place, :, :length])
-                self._add(row, tally, length, logits[place])
-                self._show_widths(row, None if last is None else self._all_layers(last))
+            own = None if parts is None or not self._native(one.compute) else [part[place] for part in parts]
+            keys, values = (held[:, place, :, : lengths[place]] for held in (fresh.keys, fresh.values))
+            self._seat(one, keys, values, logits[place], own)
+
+    @torch.inference_mode()
+    def read(self, join: Join, start: int, stop: int) -> None:
+        """As `Backend.read`."""
+        if not self.reads_pieces:
+            assert (start, stop) == (0, len(join.rows[0].prompt)), "a method reads its prompt in one go"
+            self._read_by_method(join)
+            return
+        prompt = join.rows[0].prompt
+        if start == 0:
+            self._reading = _Reading(join, self.runtime.new_cache(1, len(prompt)))
+        held = self._reading
+        assert held is not None, "from its start"
+        assert (held.join.rows[0], held.num_read) == (join.rows[0], start), "one prompt at a time"
+        logits, experts = self._pass([prompt[start:stop]], held.cache, [join.compute], [start])
+        held.experts.append(experts or [])
+        held.num_read = stop
+        if stop == len(prompt):
+            keys, values = held.cache.keys[:, 0, :, :stop], held.cache.values[:, 0, :, :stop]
+            self._reading = None
+            self._seat(join, keys, values, logits[0], _joined(held.experts))
+
+    def _pass(
+        self,
+        parts: Sequence[Sequence[int]],
+        cache: KVCache,
+        computes: Sequence[float],
+        pasts: Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+        """Read token ids into the rows of a cache, after what each holds. Returns the next ones' logits [B, V] float32
+        and the experts [N] of each routed layer."""
+        runtime = self.runtime
+        ids = torch.zeros(len(parts), max(map(len, parts)), dtype=torch.long)
+        valid = torch.zeros_like(ids)
+        for place, part in enumerate(parts):
+            ids[place, : len(part)] = torch.tensor(part)
+            valid[place, : len(part)] = 1
+        settings = torch.tensor([self._native(compute) for compute in computes])
+        given = settings if bool((settings > 0).any()) else None
+        prompt = Prompt.of(ids, valid, pasts=pasts)
+        hidden, experts = prefill(runtime.prefill_weights, prompt, cache, given, runtime.rope)
+        return plain.product(runtime.prefill_weights.head, hidden).float(), experts
+
+    def _seat(
+        self,
+        join: Join,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        logits: torch.Tensor,
+        experts: list[torch.Tensor] | None,
+    ) -> None:
+        """A prompt is read, into keys and values [L, K, S, d]: its rows join, and it is billed as one pass."""
+        tally, length = Tally(), keys.shape[2]
+        for row in join.rows:
+            self.cache.append(keys, values)
+            self._add(row, tally, length, logits)
+        self._bill_prompt(join, tally, length, experts)
+        last = None if experts is None else torch.stack([one[-1] for one in experts])
+        for row in join.rows:
+            self._show_widths(row, None if last is None else self._all_layers(last))
+
+    def _bill_prompt(self, join: Join, tally: Tally, length: int, experts: list[torch.Tensor] | None) -> None:
+        mask = torch.ones(1, length, dtype=torch.bool)
+        self.runtime.biller.prefill(join.rows[0].meter, tally, mask, [length], experts)
 
     def _read_by_method(self, one: Join) -> None:
-        """A prompt that a method reads its own way; we go on from its cache."""
+        """A prompt that a method reads its own way, on our runtime or by itself; we go on from its cache."""
         adapted, first = self.adapted, one.rows[0]
         ids = torch.tensor([first.prompt])
-        cache = adapted.method.make_cache(adapted.model)
         with spend(one.compute, meter=first.meter):
-            logits = adapted.method.prefill(adapted.model, ids, torch.ones_like(ids), cache).float()
-        pairs = keys_and_values(cache, len(first.prompt))
-        keys, values = (torch.stack([pair[k][0] for pair in pairs]) for k in (0, 1))  # [L, K, S, d]
+            if adapted.reads_prompts_on(self.runtime):
+                batch = Batch.read(self.runtime, ids, None, adapted.settings("prefill", 1))
+                logits, length = batch.logits, ids.shape[1]
+                keys, values = (held[:, 0, :, :length] for held in (batch.cache.keys, batch.cache.values))
+            else:
+                cache = adapted.method.make_cache(adapted.model)
+                logits = adapted.method.prefill(adapted.model, ids, torch.ones_like(ids), cache).float()
+                pairs = keys_and_values(cache, len(first.prompt))
+                keys, values = (torch.stack([pair[k][0] for pair in pairs]) for k in (0, 1))  # [L, K, S, d]
         tally = Tally()
         for row in one.rows:
             self.cache.append(keys, values)
@@ -212,6 +202,10 @@ class NativeBackend:
 
     def leave(self, row: Row) -> None:
         """As `Backend.leave`."""
+        if (held := self._reading) is not None and row in held.join.rows:
+            self._reading = None
+            if held.num_read:
+                self._bill_prompt(held.join, Tally(), held.num_read, _joined(held.experts))
         if row not in self._rows:
             return
         try:
@@ -264,3 +258,8 @@ class NativeBackend:
         shares = [layer.ffn.sizes[one] / layer.ffn.sizes[-1] if layer.ffn.router is not None else 1.0
                   for layer, one in zip(layers, taken, strict=True)]  # fmt: skip
         row.layers, row.width = shares, sum(shares) / len(shares)
+
+
+def _joined(pieces: list[list[torch.Tensor]]) -> list[torch.Tensor] | None:
+    """Experts of the pieces of a prompt as experts [T] of each routed layer; None where no router was asked."""
+    return [torch.cat(parts) for parts in zip(*pieces, strict=True)] or None

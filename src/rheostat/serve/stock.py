@@ -26,6 +26,7 @@ class StockBackend:
 
     name = "stock"
     is_batched = False
+    reads_pieces = False
 
     def __init__(self, adapted: Adapted) -> None:
         self.adapted = adapted
@@ -45,6 +46,11 @@ class StockBackend:
                 row.state = _Held(own, len(first.prompt))
                 self._show(row, logits)
         self._rows.update(row for one in joins for row in one.rows)
+
+    def read(self, join: Join, start: int, stop: int) -> None:
+        """As `Backend.read`: only ever the whole."""
+        assert (start, stop) == (0, len(join.rows[0].prompt)), "a method reads its prompt in one go"
+        self.join([join])
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row], token_ids: Sequence[int], computes: Sequence[float]) -> None:

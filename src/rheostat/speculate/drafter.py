@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from transformers import Cache, PreTrainedModel
@@ -15,6 +17,51 @@ LONGEST_DRAFT = 64
 """Tokens; one more only delays the answer, whatever drafts them."""
 
 
+class Step(Protocol):
+    """Reads a token a row and gives the next one's logits; counts how many it has read."""
+
+    num_read: int
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [B] -> logits [B, V]."""
+
+
+class Host(ABC):
+    """The model and its cache, as one generation uses them: on `transformers`, or on our own runtime."""
+
+    cache: Cache | None = None
+    """Of `transformers`; None on our own runtime."""
+
+    @abstractmethod
+    def read(self, input_ids: torch.Tensor, mask: torch.Tensor, num_new: int) -> torch.Tensor:
+        """Read the prompts [B, T], after which at most `num_new` tokens will be written. Next token's logits [B, V]."""
+
+    @abstractmethod
+    def check(self, state: State, draft: Draft) -> torch.Tensor:
+        """Read the newest token and the draft. Logits [B, G + 1, V] after each; beyond a row's draft they mean
+        nothing."""
+
+    @abstractmethod
+    def take_back(self, drops: list[int]) -> None:
+        """Of the G + 1 tokens of the last check, forget the last `drops[b]` of row b; the rest stays for good."""
+
+    @abstractmethod
+    def room(self, num_rows: int) -> list[int]:
+        """How many tokens of each row a check may take after the newest one and read what plain decoding reads."""
+
+    @abstractmethod
+    def stepper(self, state: State) -> Step:
+        """The model itself as a draft, one token a row at a time, on its own cache."""
+
+    @abstractmethod
+    def forget(self, num_tokens: int) -> None:
+        """Forget as many tokens of every row, which a `stepper` read."""
+
+    def cheaply(self) -> AbstractContextManager[object]:
+        """Inside, the model reads what its method's draft reads. Here: the drafter sees to that itself."""
+        return nullcontext()
+
+
 @dataclass
 class State:
     """Where one generation stands. The cache holds all tokens but the newest of each row."""
@@ -22,7 +69,7 @@ class State:
     model: PreTrainedModel
     method: Any
     """The `Method` that runs it: methods know drafters, so this module does not know them."""
-    cache: Cache
+    host: Host
     token_ids: torch.Tensor
     """[B, S], rows aligned on the right."""
     mask: torch.Tensor
@@ -31,6 +78,11 @@ class State:
     """[B] bool: rows that have not ended."""
     sampling: Sampling = field(default_factory=Sampling)
     generator: torch.Generator | None = None
+
+    @property
+    def cache(self) -> Cache | None:
+        """The host's, of `transformers`; None on our own runtime."""
+        return self.host.cache
 
     @property
     def is_greedy(self) -> bool:
@@ -55,6 +107,9 @@ class Drafter:
 
     A drafter serves one generation at a time: `begin` forgets the one before.
     """
+
+    needs_cache: ClassVar[bool] = True
+    """It looks into `state.cache`, so that our own runtime, which has no such cache, cannot run it."""
 
     def begin(self, state: State) -> None:
         """The prompt has been read and its next token chosen."""

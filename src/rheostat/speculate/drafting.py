@@ -6,34 +6,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
-from transformers import Cache, PreTrainedModel
 
 from rheostat.errors import bad_setting
-from rheostat.methods.base import positions
-from rheostat.sampling import probabilities
+from rheostat.sampling import most_likely, probabilities
 from rheostat.speculate.drafter import Draft, Drafter, State, Stopping, no_draft
 from rheostat.spending import current_spending, spend
-
-
-def read(
-    model: PreTrainedModel,
-    token_ids: torch.Tensor,
-    mask: torch.Tensor,
-    cache: Cache,
-    position_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The next token's logits [B, V] after reading `token_ids` [B, T], of which `mask` [B, S] tells the padding."""
-    if position_ids is None:
-        position_ids = positions(mask)[:, -token_ids.shape[1] :]
-    out = model(
-        input_ids=token_ids,
-        attention_mask=mask,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return out.logits[:, -1]
 
 
 def charging_draft() -> AbstractContextManager[None]:
@@ -42,34 +19,23 @@ def charging_draft() -> AbstractContextManager[None]:
     return nullcontext() if spending is None else spending.meter.charging("draft")
 
 
-def draw(logits: torch.Tensor, state: State) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+def draw(
+    logits: torch.Tensor, state: State, *, wants_chance: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Draw a drafted token a row from logits [B, V].
 
     Returns:
-        The tokens [B], what they were drawn from [B, V] (None when greedy), and each token's own probability [B].
+        The tokens [B], what they were drawn from [B, V] (None when greedy), and each token's own probability [B]
+        (ones where nobody wants it).
     """
     if state.is_greedy:
-        best = logits.argmax(-1)
+        best = most_likely(logits)
+        if not wants_chance:
+            return best, None, torch.ones(len(best), device=best.device)
         return best, None, logits.softmax(-1).gather(1, best[:, None])[:, 0]
     probs = probabilities(logits, state.sampling)
     token_ids = torch.multinomial(probs, 1, generator=state.generator)[:, 0]
     return token_ids, probs, probs.gather(1, token_ids[:, None])[:, 0]
-
-
-class Stepper:
-    """Reads a token a row into a cache and gives the next token's logits [B, V]; counts how many it has read."""
-
-    def __init__(self, model: PreTrainedModel, cache: Cache, mask: torch.Tensor, position_ids: torch.Tensor) -> None:
-        self.model, self.cache, self.mask, self.position_ids = model, cache, mask, position_ids
-        self.num_read = 0
-
-    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [B] -> logits [B, V]."""
-        if self.num_read:
-            self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
-        logits = read(self.model, token_ids[:, None], self.mask, self.cache, self.position_ids + self.num_read)
-        self.num_read += 1
-        return logits
 
 
 def draft_token_by_token(
@@ -85,7 +51,7 @@ def draft_token_by_token(
     going = limits > 0
     token_ids, probs = [], []
     while bool(going.any()):
-        newest, law, chance = draw(step(newest), state)
+        newest, law, chance = draw(step(newest), state, wants_chance=stopping.risk < 1)
         token_ids.append(newest)
         probs.append(law)
         lengths = lengths + going
@@ -100,6 +66,8 @@ def draft_token_by_token(
 class SelfDrafter(Drafter):
     """The model drafts for itself, on its own cache, under a cheaper reading; then it forgets what it drafted."""
 
+    needs_cache = False
+
     def __init__(self, stopping: Stopping | None = None) -> None:
         self.stopping = stopping or Stopping()
 
@@ -109,12 +77,12 @@ class SelfDrafter(Drafter):
 
     def propose(self, state: State, limits: torch.Tensor) -> Draft:
         """Token by token on the model's own cache; the keys and values that drafting wrote are taken back."""
-        step = Stepper(state.model, state.cache, state.mask, positions(state.mask)[:, -1:])
         with ExitStack() as stack:
             stack.enter_context(charging_draft())
             stack.enter_context(self.reading(state))
+            step = state.host.stepper(state)
             draft = draft_token_by_token(state, limits, self.stopping, step)
-        state.cache.crop(-step.num_read)
+            state.host.forget(step.num_read)
         return draft
 
 

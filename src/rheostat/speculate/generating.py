@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from rheostat.errors import SettingError, bad_setting
 from rheostat.methods.base import Method
 from rheostat.sampling import Sampling
-from rheostat.speculate.drafter import Drafter, Stopping
+from rheostat.speculate.drafter import Drafter, Host, Stopping
 from rheostat.speculate.drafting import LowDial
 from rheostat.speculate.lookup import PromptLookup
 from rheostat.speculate.loop import Ending, speculate
@@ -81,8 +81,9 @@ def generate(
     drafter: Drafter,
     input_ids: torch.Tensor | None = None,
     *,
-    draft_length: int = DRAFT_LENGTH,
+    draft_length: int | str = DRAFT_LENGTH,
     generator: torch.Generator | None = None,
+    host: Host | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """The prompts [B, T] and what follows them, as the host's `generate` returns it: padded on the right.
@@ -117,6 +118,7 @@ def generate(
         sampling=sampling,
         generator=generator,
         cache=cache,
+        host=host,
     ):
         for row, new in zip(rows, one.token_ids, strict=True):
             row += new.tolist()

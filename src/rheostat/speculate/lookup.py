@@ -15,6 +15,8 @@ class PromptLookup(Drafter):
     nearer in topic).
     """
 
+    needs_cache = False
+
     def __init__(self, longest: int = 3) -> None:
         if longest < 1:
             raise bad_setting("longest", longest, "1 or more")

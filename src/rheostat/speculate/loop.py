@@ -15,14 +15,16 @@ import torch
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
-from rheostat.caches.rewinding import check_rewindable, rewind, roll_right, room
+from rheostat.caches.rewinding import roll_right
 from rheostat.cost import rows_decode_cost
 from rheostat.errors import bad_setting
 from rheostat.geometry import Geometry
 from rheostat.methods.base import Method
-from rheostat.sampling import Sampling, probabilities, sample
+from rheostat.sampling import Sampling, most_likely, probabilities, sample
 from rheostat.speculate.accepting import accept_greedy, accept_sampled
-from rheostat.speculate.drafter import LONGEST_DRAFT, Draft, Drafter, State
+from rheostat.speculate.drafter import Draft, Drafter, Host, State, no_draft
+from rheostat.speculate.pacing import Pace
+from rheostat.speculate.stock import StockHost
 from rheostat.spending import current_spending, in_phase
 
 
@@ -95,11 +97,12 @@ def speculate(
     attention_mask: torch.Tensor | None = None,
     *,
     drafter: Drafter,
-    draft_length: int = 5,
+    draft_length: int | str = 5,
     ending: Ending | None = None,
     sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
     cache: Cache | None = None,
+    host: Host | None = None,
 ) -> Iterator[Round]:
     """Write after the prompts [B, T] (left-padded), a `Round` at a time, until all rows ended.
 
@@ -107,44 +110,47 @@ def speculate(
 
     Args:
         drafter: guesses; the text (greedy) or its law (sampled) does not depend on it.
-        draft_length: tokens that it may guess a round, at most.
-        cache: an empty one; left out, the method's own.
+        draft_length: tokens that it may guess a round, at most; `auto` takes what pays, by the times measured while
+            it runs, and drafts nothing where nothing pays.
+        cache: an empty one of `transformers`; left out, the method's own.
+        host: what runs the model; left out, `transformers` does, on `cache`.
 
     Raises:
         SettingError: an input cannot be used, the draft length is out of range, or the cache cannot be rewound.
     """
-    if isinstance(draft_length, bool) or not 1 <= draft_length <= LONGEST_DRAFT:
-        raise bad_setting("draft_length", draft_length, f"an integer from 1 to {LONGEST_DRAFT}")
+    pace = Pace.of(draft_length)
     mask = check_prompts(input_ids, attention_mask)
-    ending = ending or Ending()
-    cache = method.make_cache(model) if cache is None else cache
-    check_rewindable(cache)
-    cache.activate_past_recording()
+    ending, sampling = ending or Ending(), sampling or Sampling()
+    host = host or StockHost(model, method, cache)
     written = _Written([[] for _ in input_ids])
-    logits = method.prefill(model, input_ids, mask, cache)
-    cache.crop(0)  # layers with a window let go of what is outside it
-    sampling = sampling or Sampling()
-    first = sample(logits, sampling, generator)
+    first = sample(host.read(input_ids, mask, ending.max_new_tokens), sampling, generator)
     active = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    state = State(model, method, cache, input_ids, mask, active, sampling, generator)
+    state = State(model, method, host, input_ids, mask, active, sampling, generator)
     state.token_ids, state.mask = _append(input_ids, first[:, None]), pad(mask, (0, 1), value=1)
     yield _emit(state, written, ending, [[token] for token in first.tolist()], [0] * len(first))
     if bool(state.active.any()):
         drafter.begin(state)
     while bool(state.active.any()):
-        limits = _limits(state, written, ending, draft_length)
-        pasts = (state.mask.sum(1) - 1).tolist()
-        draft = drafter.propose(state, limits)
-        logits = _check(state, draft)
-        num_kept, following = _accept(state, draft, logits)
-        drops = _advance(state, draft, num_kept, following)
-        new = _join(draft.token_ids.tolist(), num_kept.tolist(), following.tolist())
-        was_active, before = state.active.tolist(), written.longest
-        result = _emit(state, written, ending, new, draft.lengths.tolist())
-        _note(model, result, was_active, pasts, written.longest - before)
-        yield result
-        if bool(state.active.any()):
-            drafter.settle(state, draft.token_ids.shape[1], drops)
+        yield _round(state, written, ending, drafter, pace)
+
+
+def _round(state: State, written: _Written, ending: Ending, drafter: Drafter, pace: Pace) -> Round:
+    limits = _limits(state, written, ending, pace.length)
+    pasts = (state.mask.sum(1) - 1).tolist() if current_spending() is not None else []
+    begun = time.perf_counter()
+    draft = drafter.propose(state, limits) if bool(limits.any()) else no_draft(state)
+    drafted = time.perf_counter()
+    logits = _check(state, draft)
+    num_kept, following = _accept(state, draft, logits)
+    pace.note(draft.lengths[state.active].tolist(), num_kept[state.active].tolist(), drafted - begun, drafted)
+    drops = _advance(state, draft, num_kept, following)
+    new = _join(draft.token_ids.tolist(), num_kept.tolist(), following.tolist())
+    was_active, before = state.active.tolist(), written.longest
+    result = _emit(state, written, ending, new, draft.lengths.tolist())
+    _note(state.model, result, was_active, pasts, written.longest - before, pace)
+    if bool(state.active.any()):
+        drafter.settle(state, draft.token_ids.shape[1], drops)
+    return result
 
 
 def check_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -167,7 +173,7 @@ def check_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) 
 
 def _limits(state: State, written: _Written, ending: Ending, draft_length: int) -> torch.Tensor:
     """How many tokens [B] each row may draft: the pass gives one more of its own."""
-    spaces = room(state.cache, len(written.rows))
+    spaces = state.host.room(len(written.rows))
     left = [ending.max_new_tokens - len(row) - 1 for row in written.rows]
     limits = [max(0, min(draft_length, *pair)) for pair in zip(spaces, left, strict=True)]
     return torch.tensor(limits, device=state.token_ids.device) * state.active
@@ -175,16 +181,15 @@ def _limits(state: State, written: _Written, ending: Ending, draft_length: int) 
 
 def _check(state: State, draft: Draft) -> torch.Tensor:
     """The model's logits [B, G + 1, V] after the newest token and after each drafted one."""
-    block = torch.cat([state.token_ids[:, -1:], draft.token_ids], 1)
     spending = current_spending()
     with in_phase("decode"), nullcontext() if spending is None else spending.meter.checking():
-        return state.method.verify(state.model, block, pad(state.mask, (0, block.shape[1] - 1), value=1), state.cache)
+        return state.host.check(state, draft)
 
 
 def _accept(state: State, draft: Draft, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = draft.lengths * state.active
     if state.is_greedy:
-        return accept_greedy(logits.argmax(-1), draft.token_ids, lengths)
+        return accept_greedy(most_likely(logits), draft.token_ids, lengths)
     laws = probabilities(logits.flatten(0, 1), state.sampling).view(logits.shape)
     return accept_sampled(laws, draft.token_ids, draft.probs, lengths, state.generator)
 
@@ -198,7 +203,7 @@ def _advance(state: State, draft: Draft, num_kept: torch.Tensor, following: torc
     width = draft.token_ids.shape[1]
     least = int((width - num_kept)[state.active].min())
     drops = torch.where(state.active, width - num_kept, least)
-    rewind(state.cache, drops.tolist())
+    state.host.take_back(drops.tolist())
     tokens = _append(_append(state.token_ids, draft.token_ids), following[:, None])
     last = tokens.shape[1] - 1 - drops
     tokens = tokens.scatter(1, last[:, None], following[:, None])
@@ -222,7 +227,9 @@ def _emit(state: State, written: _Written, ending: Ending, new: list[list[int]],
     return Round(out, ~state.active, num_drafted, time.perf_counter() - written.started)
 
 
-def _note(model: PreTrainedModel, result: Round, was_active: list[bool], pasts: list[int], num_steps: int) -> None:
+def _note(
+    model: PreTrainedModel, result: Round, was_active: list[bool], pasts: list[int], num_steps: int, pace: Pace
+) -> None:
     """Tell the meter what came of a round that began with `pasts` tokens a row in the cache."""
     spending = current_spending()
     if spending is None:
@@ -239,6 +246,7 @@ def _note(model: PreTrainedModel, result: Round, was_active: list[bool], pasts: 
         itemsize=model.dtype.itemsize,
     )
     spending.meter.owe(dense, sum(news))
+    spending.meter.speculation.verdict = pace.verdict
 
 
 def _append(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -14,12 +14,15 @@ from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
 from rheostat.methods.base import Method
 from rheostat.speculate.drafter import Draft, Drafter, State, Stopping
-from rheostat.speculate.drafting import draft_token_by_token, read
+from rheostat.speculate.drafting import draft_token_by_token
+from rheostat.speculate.stock import read
 from rheostat.spending import current_spending
 
 
 class SecondModel(Drafter):
     """Keeps a cache of its own, which follows the rows of the first model: behind by a token or two, never ahead."""
+
+    needs_cache = False
 
     def __init__(self, model: PreTrainedModel, stopping: Stopping | None = None) -> None:
         self.model, self.stopping = model, stopping or Stopping()

@@ -17,7 +17,8 @@ from rheostat.caches.rewinding import contents
 from rheostat.errors import bad_setting
 from rheostat.methods.base import positions
 from rheostat.speculate.drafter import Draft, Drafter, State, Stopping
-from rheostat.speculate.drafting import Stepper, charging_draft, draft_token_by_token
+from rheostat.speculate.drafting import charging_draft, draft_token_by_token
+from rheostat.speculate.stock import Stepper
 
 OBSERVED = 32
 """Newest tokens of the prompt whose attention votes (SnapKV)."""
@@ -47,7 +48,7 @@ class SparseDrafter(Drafter):
         """Token by token on a copy of the chosen columns."""
         budget = self.budget(state)
         cache = DynamicCache()
-        for i, layer in enumerate(state.cache.layers):
+        for i, layer in enumerate(cache_of(state).layers):
             refuse_windows(layer, self)
             keys, values = contents(layer)
             index = self.choose(state, i, keys.shape[1], budget)[..., None]
@@ -98,13 +99,13 @@ class SnapKV(SparseDrafter):
             return
         before = mask[:, :-num_observed].bool()
         cache, observed = DynamicCache(), state.token_ids[:, -1 - num_observed : -1]
-        for i, layer in enumerate(state.cache.layers):
+        for i, layer in enumerate(cache_of(state).layers):
             refuse_windows(layer, self)
             keys, values = contents(layer)
             cache.update(keys[:, :, :-num_observed], values[:, :, :-num_observed], i)
         with charging_draft():
             weights = attention_of(state.model, observed, mask, cache)
-        for one, layer in zip(weights, state.cache.layers, strict=True):
+        for one, layer in zip(weights, cache_of(state).layers, strict=True):
             self.votes.append(count_votes(one, contents(layer)[0].shape[1], before))
 
     def choose(self, state: State, layer: int, num_heads: int, budget: int) -> torch.Tensor:
@@ -153,6 +154,12 @@ def count_votes(weights: torch.Tensor, num_kv_heads: int, before: torch.Tensor) 
     votes = votes.unflatten(1, (num_kv_heads, -1)).sum(2)  # [B, K, S]
     votes = torch.nn.functional.avg_pool1d(votes, POOL_WIDTH, stride=1, padding=POOL_WIDTH // 2)
     return votes.masked_fill(~before[:, None], -torch.inf)
+
+
+def cache_of(state: State) -> Cache:
+    """The cache to choose from; our own runtime, which has none of `transformers`, does not run these drafters."""
+    assert state.cache is not None
+    return state.cache
 
 
 def refuse_windows(layer: CacheLayerMixin, drafter: Drafter) -> None:

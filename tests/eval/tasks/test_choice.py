@@ -35,6 +35,13 @@ PROMPTS = {
         " B",
         0,
     ),
+    "mmlu_5shot": (
+        "The following are multiple choice questions (with answers) about abstract algebra.\n\n"
+        + "".join(f"abs{n}\nA. a\nB. b\nC. c\nD. d\nAnswer: {'ABCDA'[n]}\n\n" for n in range(5))
+        + "Which of these is hot?\nA. a\nB. b\nC. c\nD. d\nAnswer:",
+        " B",
+        0,
+    ),
 }
 
 
@@ -70,6 +77,25 @@ def test_mmlu_takes_its_subjects_in_turns(data_folder):
     assert subjects == ["abstract algebra", "anatomy"] * 3
 
 
+def test_mmlu_examples_are_of_the_questions_subject(data_folder):
+    task = built("mmlu_5shot", data_folder)
+    second = requests(task)[4][0]
+    assert "about anatomy" in second
+    assert second.count("ana") == 1 + 5
+    assert "abs" not in second
+
+
+def test_a_subject_without_examples_is_named(data_folder, tmp_path):
+    for file in ("mc/mmlu_test_sample.jsonl.gz", "mc/mmlu_dev.jsonl.gz"):
+        (tmp_path / "mc").mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes((data_folder / file).read_bytes())
+    pack_rows(
+        tmp_path, "mc/mmlu_dev.jsonl.gz", [{"subject": "law", "question": "q", "choices": list("abcd"), "answer": 0}]
+    )
+    with pytest.raises(SettingError, match="'abstract algebra'"):
+        TASKS["mmlu_5shot"](tmp_path)
+
+
 def test_hellaswag_contexts_end_as_lm_eval_writes_them(tmp_path):
     rows = [
         {
@@ -91,6 +117,7 @@ STOCK = {
     "winogrande": "winogrande/default.yaml",
     "hellaswag": "hellaswag/hellaswag.yaml",
     "mmlu": "mmlu/default/mmlu_anatomy.yaml",
+    "mmlu_5shot": "mmlu/default/mmlu_anatomy.yaml",
 }
 
 

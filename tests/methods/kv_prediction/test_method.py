@@ -9,7 +9,6 @@ from rheostat import families
 from rheostat.adapted import Adapted
 from rheostat.artifact import save
 from rheostat.errors import SettingError
-from rheostat.geometry import Geometry
 from rheostat.methods import make_method
 from rheostat.methods.kv_prediction import KVPrediction
 from rheostat.models import load
@@ -30,6 +29,7 @@ from tests.tiny import SMOLLM2, tiny_model, tiny_windows
         {"ridge": -1.0},
         {"rank": float("nan")},
         {"distill_weight": 1.5},
+        {"answer_share": 0.6},
         {"z_weight": True},
     ],
 )
@@ -101,10 +101,3 @@ def test_the_cost_falls_with_depth_and_counts_the_maps():
 def test_a_model_of_one_layer_is_refused():
     with pytest.raises(SettingError, match="at least 2 layers"):
         KVPrediction().check(tiny_model(layers=1))
-
-
-def test_geometry_windows_are_cut_with_the_layers():
-    from rheostat.methods.kv_prediction.predictor import part_of
-
-    geometry = Geometry.from_config(tiny_model("gemma3_text").config)
-    assert part_of(geometry, 1).windows == geometry.windows[:1]

@@ -7,8 +7,9 @@ import torch
 
 from rheostat.methods.base import Method
 from rheostat.methods.kv_prediction.predictor import predictors
-from rheostat.methods.kv_prediction.training import consistency, predicting
+from rheostat.methods.kv_prediction.training import consistency, draw_answers, predicting
 from rheostat.methods.kv_prediction.watching import recording
+from rheostat.spending import spend
 from rheostat.train.settings import TrainSettings
 from rheostat.train.trainer import train
 from tests.methods.kv_prediction.given import exact, given
@@ -96,3 +97,40 @@ def test_training_lowers_the_loss():
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.05
+
+
+@pytest.mark.parametrize("num_exact", [1, 3])
+def test_answers_are_read_in_training_as_they_are_in_use(num_exact):
+    adapted = given(depths=(2,), exact_tokens=num_exact)
+    ids, length = tiny_windows(2, 24), 16
+    mask = torch.ones_like(ids)
+    is_answer = torch.arange(24).expand(2, -1) >= length - num_exact
+    is_first = torch.arange(24).expand(2, -1) == 0
+    one = predictors(adapted.model)[2]
+    with torch.no_grad(), predicting(adapted.model, one, is_first, is_answer=is_answer):
+        trained = adapted.model(ids, use_cache=False).logits[:, length - 1 :]
+    cache = adapted.method.make_cache(adapted.model)
+    with spend({"prefill": adapted.dial.low}), torch.no_grad():
+        used = [adapted.method.prefill(adapted.model, ids[:, :length], mask[:, :length], cache)]
+        for t in range(length, 24):
+            used.append(adapted.method.decode(adapted.model, ids[:, t : t + 1], mask[:, : t + 1], cache))
+    torch.testing.assert_close(trained, torch.stack(used, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_answers_are_drawn_at_the_ends_of_rows_and_of_the_mean_length_asked_for():
+    keep = torch.ones(400, 32, dtype=torch.bool)
+    keep[:, 24:] = False
+    drawn = draw_answers(keep, 0.25)
+    assert not drawn[:, 24:].any()
+    assert not (drawn[:, :-9] & ~drawn[:, 1:-8]).any()  # once begun, they last to the row's end
+    assert drawn[:, 12:24].float().mean() == pytest.approx(0.5, abs=0.05)
+    assert not drawn[:, :12].any()
+
+
+def test_answers_change_the_loss_and_none_are_read_by_default():
+    adapted, other = given(depths=(2,)), given(depths=(2,), answer_share=0.5)
+    batch = {"input_ids": tiny_windows(2, 24)}
+    with torch.no_grad():
+        plain = adapted.method.loss(adapted.model, batch)[1]["lm"]
+        mixed = other.method.loss(other.model, batch)[1]["lm"]
+    assert plain != pytest.approx(mixed, rel=1e-6)

@@ -98,6 +98,35 @@ def _mmlu(row: Row) -> Row:
     return {"subject": subject, "question": row["question"].strip(), "choices": row["choices"], "answer": row["answer"]}
 
 
+def _mmlu_examples(folder: Path) -> dict[str, str]:
+    """Subject -> its first examples, written as questions are and answered."""
+    found = rows(folder, MMLU_EXAMPLES)
+    found.sort(key=lambda row: row.get("row", 0))
+    told: dict[str, list[str]] = {}
+    for row in convert(found, _mmlu, folder / MMLU_EXAMPLES):
+        lines = [
+            row["question"],
+            *(f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True)),
+        ]
+        told.setdefault(row["subject"], []).append("\n".join([*lines, f"Answer: {'ABCD'[row['answer']]}\n\n"]))
+    return {subject: "".join(one[:NUM_EXAMPLES]) for subject, one in told.items()}
+
+
+def _mmlu_with_examples(folder: Path) -> list[Task]:
+    """MMLU as it is usually reported: five examples of the subject before each question.
+
+    Written into the description, because lm-eval draws a task's examples from one list for all subjects.
+    """
+    examples = _mmlu_examples(folder)
+    found = sorted(rows(folder, MMLU), key=lambda row: row.get("row", 0))
+    asked = convert(found, lambda row: (one := _mmlu(row)) | {"examples": examples[one["subject"]]}, folder / MMLU)
+    config = {"task": "mmlu_5shot", "output_type": "multiple_choice", **MMLU_CONFIG}
+    return [make_task(config | {"description": MMLU_CONFIG["description"] + "{{examples}}"}, asked)]
+
+
+MMLU, MMLU_EXAMPLES = "mc/mmlu_test_sample.jsonl.gz", "mc/mmlu_dev.jsonl.gz"
+NUM_EXAMPLES = 5
+
 ARC: dict[str, Any] = {
     "doc_to_text": "Question: {{question}}\nAnswer:",
     "doc_to_target": "gold",
@@ -105,6 +134,14 @@ ARC: dict[str, Any] = {
     "metric_list": ACC_NORM,
 }
 LETTERS = "\n".join(f"{letter}. {{{{choices[{index}]}}}}" for index, letter in enumerate("ABCD"))
+
+MMLU_CONFIG: dict[str, Any] = {
+    "description": "The following are multiple choice questions (with answers) about {{subject}}.\n\n",
+    "doc_to_text": "{{question}}\n" + LETTERS + "\nAnswer:",
+    "doc_to_target": "answer",
+    "doc_to_choice": list("ABCD"),
+    "metric_list": ACC,
+}
 
 CHOICE_TASKS: dict[str, Callable[[Path], list[Task]]] = {
     "hellaswag": _choice(
@@ -137,15 +174,7 @@ CHOICE_TASKS: dict[str, Callable[[Path], list[Task]]] = {
         metric_list=ACC,
     ),
     "openbookqa": _choice("openbookqa", "mc/openbookqa_test.jsonl.gz", _arc, **ARC | {"doc_to_text": "question"}),
-    "mmlu": _choice(
-        "mmlu",
-        "mc/mmlu_test_sample.jsonl.gz",
-        _mmlu,
-        order="row",  # the file has subject after subject: so the first rows are of all of them
-        description="The following are multiple choice questions (with answers) about {{subject}}.\n\n",
-        doc_to_text="{{question}}\n" + LETTERS + "\nAnswer:",
-        doc_to_target="answer",
-        doc_to_choice=list("ABCD"),
-        metric_list=ACC,
-    ),
+    # The file has subject after subject; in the order of rows the first ones are of all subjects.
+    "mmlu": _choice("mmlu", MMLU, _mmlu, order="row", **MMLU_CONFIG),
+    "mmlu_5shot": _mmlu_with_examples,
 }

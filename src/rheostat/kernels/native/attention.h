@@ -4,7 +4,7 @@
 // (largest score, sum, weighted values); the pieces of a head are joined at the end.
 #pragma once
 
-#include "matrix.h"
+#include "paired.h"
 
 struct Attention {
     int32_t num_heads, num_kv_heads, head_dim;
@@ -12,8 +12,6 @@ struct Attention {
     int64_t num_slots;     // S, allocated
     float scale, softcap;  // softcap 0: none
 };
-
-constexpr int kBlock = 64;  // slots at a time
 
 template <int Type>
 struct Stored;
@@ -146,6 +144,13 @@ static void attend(const Attention& a, const float* q, const void* keys, const v
 template <int Type>
 static void attend_any(const Attention& a, const float* q, const void* keys, const void* values, int begin, int end,
                        int group, Piece out, std::vector<float>& buffer) {
+#if LEVEL_AVX512
+    if (Type == kBFloat16 && is_read_in_pairs(a.head_dim)) {
+        const auto attend_pairs = a.head_dim == 64 ? attend_in_pairs<2> : attend_in_pairs<4>;
+        return attend_pairs(q, (const uint16_t*)keys, (const uint16_t*)values, begin, end, group, a.softcap, out.top, out.total,
+                            out.values);
+    }
+#endif
     if (a.head_dim == 64) return attend<Type, 4>(a, q, keys, values, begin, end, group, out, buffer);
     if (a.head_dim == 128) return attend<Type, 8>(a, q, keys, values, begin, end, group, out, buffer);
     return attend<Type, 0>(a, q, keys, values, begin, end, group, out, buffer);
@@ -174,16 +179,17 @@ INLINE int num_stretches(int num_rows, const Attention& a, int longest, int num_
     return std::max(1, std::min(wanted, fit));
 }
 
-// Joins the stretches of one head of one row into out [d].
-static void join(const Attention& a, float* scratch, int b, int head, int stretches, float* out) {
+// Joins the stretches of one head of one row into out [d]; the first `count` of them, where not all are used.
+static void join(const Attention& a, float* scratch, int b, int head, int stretches, float* out, int count = -1) {
     const int group = a.num_heads / a.num_kv_heads, k = head / group, g = head % group;
     const int d = a.head_dim, wide = round_up(d, kLanes);
     const int64_t first = ((int64_t)b * a.num_kv_heads + k) * stretches;
     float top = -INFINITY, total = 0;
-    for (int s = 0; s < stretches; s++) top = std::max(top, piece_at(scratch, first + s, group, d).top[g]);
+    if (count < 0) count = stretches;
+    for (int s = 0; s < count; s++) top = std::max(top, piece_at(scratch, first + s, group, d).top[g]);
     for (int i = 0; i < d; i++) out[i] = 0;
     if (top == -INFINITY) return;  // no slots: nothing to attend to
-    for (int s = 0; s < stretches; s++) {
+    for (int s = 0; s < count; s++) {
         Piece p = piece_at(scratch, first + s, group, d);
         if (p.total[g] == 0) continue;
         const float share = expf(p.top[g] - top);

@@ -1,11 +1,11 @@
-// A whole decode step of a Llama-like decoder: one token a row, all layers, in one parallel part.
+// A whole decode step of a Llama-like decoder: one token a row, or several, all layers, in one parallel part.
 //
 // Small work that every thread needs (norms, rounding of activations, joining of attention) each thread does for
 // itself, which is cheaper than to meet once more. What is large is shared out.
 #pragma once
 
-#include "attention.h"
 #include "ffn.h"
+#include "verify.h"
 
 struct Router {
     Matrix inner;             // [U, D]
@@ -38,29 +38,29 @@ struct Decoder {
 };
 
 struct Step {
-    float* hidden;             // [B, D], the embedded tokens; overwritten
-    const int64_t* positions;  // [B]
-    const float* settings;     // [B], or null: all rows dense
-    const int32_t* lengths;    // [B], slots filled before this step
-    const int32_t* starts;     // [B], first slots that are not padding
+    float* hidden;             // [N, D], the embedded tokens, by row of the cache; overwritten
+    const int64_t* positions;  // [N]
+    const float* settings;     // [N], or null: all tokens dense
+    NewTokens tokens;
     uint8_t *keys, *values;    // [L, B, K, S, d]; a layer's part is dense
     int64_t layer_stride;      // values from a layer's part to the next: more than B K S d where rows are kept free
     const float *cos, *sin;    // [P, r / 2]
-    float* logits;             // [B, V]
-    int64_t* experts;          // [L, B]; written where `settings` is given
-    int32_t num_rows;
+    float* logits;             // [N, V]
+    int64_t* experts;          // [L, N]; written where `settings` is given
+    int32_t num_rows;          // N: as many as rows of the cache, or more where a draft is checked
 };
 
 // What the threads share, kept from step to step by the thread that calls.
 struct Common {
-    std::vector<float> qkv, pieces, scores;
+    std::vector<float> qkv, pieces, attended, scores;
     Input hidden;
 };
 
 // What each thread keeps to itself.
 struct Private {
-    std::vector<float> normed, attended, queries, buffer, routed;
+    std::vector<float> normed, key, queries, buffer, routed;
     std::vector<int> chosen;
+    BodyRoom body;
     Order order;
     Input input, routing;
 };
@@ -81,7 +81,13 @@ static void rms_norm(const float* x, const float* weight, int n, float eps, floa
 }
 
 static void rotate(float* x, const float* cos, const float* sin, int half) {
-    for (int i = 0; i < half; i++) {
+    int i = 0;
+    for (; i + kLanes <= half; i += kLanes) {
+        const F16 a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+        store(x + i, a * c - b * s);
+        store(x + half + i, b * c + a * s);
+    }
+    for (; i < half; i++) {
         const float a = x[i], b = x[half + i];
         x[i] = a * cos[i] - b * sin[i];
         x[half + i] = b * cos[i] + a * sin[i];
@@ -174,43 +180,30 @@ private:
         }
     }
 
-    int stretches() const {
-        int longest = 0;
-        for (int b = 0; b < s_.num_rows; b++) longest = std::max(longest, s_.lengths[b] + 1 - s_.starts[b]);
-        return num_stretches(s_.num_rows, d_.attention, longest, team_.size);
-    }
-
     void attend_share(const Layer& layer, int index) {
         const Attention& a = d_.attention;
         const int group = a.num_heads / a.num_kv_heads, dim = a.head_dim, wide = round_up(dim, kLanes);
-        const int stride = layer.q.rows + layer.k.rows + layer.v.rows, cuts = stretches();
-        const int64_t size = a.cache_format == kFloat32 ? 4 : 2;
-        const int64_t part = s_.layer_stride * size;
+        const int stride = layer.q.rows + layer.k.rows + layer.v.rows;
+        const int64_t part = s_.layer_stride * (a.cache_format == kFloat32 ? 4 : 2);
         uint8_t *keys = s_.keys + index * part, *values = s_.values + index * part;
-        float* q = room(p_.queries, (size_t)(group + 1) * wide);
-        Share share(s_.num_rows * a.num_kv_heads * cuts, thread_, team_.size);
-        for (int item = share.begin; item < share.end; item++) {
-            const int cut = item % cuts, k = item / cuts % a.num_kv_heads, b = item / cuts / a.num_kv_heads;
-            const float* row = c_.qkv.data() + (int64_t)b * stride;
-            const int end = s_.lengths[b] + 1;
-            const int begin = layer.window ? std::max(s_.starts[b], end - layer.window) : s_.starts[b];
-            Share slots(end - begin, cut, cuts);
-            if (cut == cuts - 1) {  // the new token's own slot is the last
-                float* key = q + group * wide;
-                prepare(row + layer.q.rows + k * dim, layer.k_norm, layer.has_rope, b, key);
-                const int64_t at = (((int64_t)b * a.num_kv_heads + k) * a.num_slots + end - 1) * dim;
-                write_slot(a.cache_format, keys, at, key, dim);
-                write_slot(a.cache_format, values, at, row + layer.q.rows + layer.k.rows + k * dim, dim);
-            }
+        float* key = room(p_.key, wide);
+        auto queries = [&](int r, int k, float* q) {
             for (int g = 0; g < group; g++) {
                 float* to = q + g * wide;
-                prepare(row + (k * group + g) * dim, layer.q_norm, layer.has_rope, b, to);
+                prepare(c_.qkv.data() + (int64_t)r * stride + (k * group + g) * dim, layer.q_norm, layer.has_rope, r, to);
                 for (int i = 0; i < dim; i++) to[i] *= a.scale;
                 for (int i = dim; i < wide; i++) to[i] = 0;
             }
-            attend_slots(a, q, keys, values, b, k, begin + slots.begin, begin + slots.end,
-                         piece_at(c_.pieces.data(), item, group, dim), p_.buffer);
-        }
+        };
+        auto write = [&](int r, int b, int k, int slot) {
+            const float* row = c_.qkv.data() + (int64_t)r * stride + layer.q.rows;
+            prepare(row + k * dim, layer.k_norm, layer.has_rope, r, key);
+            const int64_t at = (((int64_t)b * a.num_kv_heads + k) * a.num_slots + slot) * dim;
+            write_slot(a.cache_format, keys, at, key, dim);
+            write_slot(a.cache_format, values, at, row + layer.k.rows + k * dim, dim);
+        };
+        attend_new(a, s_.tokens, index, layer.window, keys, values, c_.pieces.data(), team_, thread_, p_.queries, p_.buffer,
+                   p_.body, queries, write);
     }
 
     // One head of a query or a key: its norm and its rotation.
@@ -226,13 +219,12 @@ private:
 
     void put_out(const Layer& layer) {
         const Attention& a = d_.attention;
-        const int width = a.num_heads * a.head_dim, cuts = stretches();
-        float* attended = room(p_.attended, width);
+        const int width = a.num_heads * a.head_dim;
+        float* attended = c_.attended.data();
+        join_new(a, s_.tokens, c_.pieces.data(), attended, team_, thread_);
+        team_.barrier();
         p_.input.reserve(layer.o.format, s_.num_rows, width);
-        for (int b = 0; b < s_.num_rows; b++) {
-            for (int h = 0; h < a.num_heads; h++) join(a, c_.pieces.data(), b, h, cuts, attended + h * a.head_dim);
-            p_.input.set_row(layer.o.format, b, attended, width);
-        }
+        for (int r = 0; r < s_.num_rows; r++) p_.input.set_row(layer.o.format, r, attended + (int64_t)r * width, width);
         multiply(layer.o, p_.input, s_.num_rows, 0, layer.o.rows, layer.o_bias, s_.hidden, d_.hidden_size, true, team_, thread_);
     }
 
@@ -288,18 +280,18 @@ static void take_step(const Decoder& d, const Step& s, int num_threads) {
     static thread_local Common common;
     const Attention& a = d.attention;
     const int group = a.num_heads / a.num_kv_heads;
-    int longest = 0, qkv = 0, ffn = 0, routed = 0;
-    for (int b = 0; b < s.num_rows; b++) longest = std::max(longest, s.lengths[b] + 1 - s.starts[b]);
+    int qkv = 0, ffn = 0, routed = 0;
     for (int i = 0; i < d.num_layers; i++) {
         const Layer& layer = d.layers[i];
         qkv = std::max(qkv, layer.q.rows + layer.k.rows + layer.v.rows);
         routed = std::max(routed, layer.router.width);
         ffn = std::max(ffn, layer.ffn.size());
     }
-    const int cuts = num_stretches(s.num_rows, a, longest, num_threads);
+    const int64_t pieces = (int64_t)s.num_rows * a.num_kv_heads * s.tokens.most_pieces();
+    room(common.attended, (size_t)s.num_rows * a.num_heads * a.head_dim);
     room(common.qkv, (size_t)s.num_rows * qkv);
     room(common.scores, (size_t)s.num_rows * routed);
-    room(common.pieces, (size_t)s.num_rows * a.num_kv_heads * std::max(cuts, 1) * piece_floats(group, a.head_dim));
+    room(common.pieces, (size_t)pieces * piece_floats(group, a.head_dim));
     // Widths may differ by layer, formats may not: room for the widest, rows as far apart.
     for (int i = 0; i < d.num_layers; i++) common.hidden.reserve(d.layers[i].ffn.downs[0].format, s.num_rows, ffn);
     Common& shared = common;

@@ -1,5 +1,6 @@
 // What Python calls. Arguments are checked there; here they are taken as right.
 #include "decoder.h"
+#include "reader.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -97,4 +98,103 @@ EXPORT void rheostat_attention(const Attention* a, const float* q, const void* k
 
 EXPORT void rheostat_step(const Decoder* decoder, const Step* step, int num_threads) {
     take_step(*decoder, *step, num_threads);
+}
+
+// y [M, N] = x [M, K] W^T + bias; W in bfloat16 or float32
+EXPORT void rheostat_many_rows(const Matrix* m, const float* x, int num_rows, const float* bias, float* y, int num_threads) {
+    HalfRows halves;
+    if (m->format == kBFloat16) halves.reserve(num_rows, m->cols);
+    Phases phases(2);
+    parallel(num_threads, [&](Team& team, int) {
+        share_out(phases, 0, m->format == kBFloat16 ? num_rows : 0, team,
+                  [&](int r) { halves.set(r, x + (int64_t)r * m->cols, m->cols); });
+        const int groups = num_groups(*m);
+        const Chunks chunks(num_rows, groups, team.size);
+        const auto row = [&](int r) {
+            return m->format == kBFloat16 ? halves.row(r) : (const uint32_t*)(x + (int64_t)r * m->cols);
+        };
+        share_out(phases, 1, chunks.count * groups, team, [&](int unit) {
+            const int chunk = unit / groups;
+            multiply_group(*m, unit % groups, (unit + team.size) % groups, chunks.begin(chunk), chunks.end(chunk, num_rows), m->cols, row,
+                           [&](int r, int column, int n, F16 v) {
+                               if (bias) v += load_most(bias + column, n);
+                               store_most(y + (int64_t)r * m->rows + column, v, n);
+                           });
+        });
+    });
+}
+
+// As rheostat_nested_ffn, for many rows and weights in bfloat16.
+EXPORT void rheostat_grouped_ffn(const Ffn* ffn, const float* x, const int32_t* experts, int num_rows, float* y,
+                                 int num_threads) {
+    const int width = ffn->gate.cols, outputs = ffn->downs[0].rows;
+    HalfRows in, hidden;
+    in.reserve(num_rows, width), hidden.reserve(num_rows, ffn->size());
+    Grouping order;
+    order.sort(experts, num_rows, ffn->num_experts);
+    memset(y, 0, (size_t)num_rows * outputs * sizeof(float));
+    Phases phases(3);
+    parallel(num_threads, [&](Team& team, int) {
+        share_out(phases, 0, num_rows, team, [&](int r) { in.set(r, x + (int64_t)r * width, width); });
+        const int units = num_hidden_units(*ffn), groups = num_groups(ffn->downs[0]);
+        const Chunks wide(num_rows, units, team.size), narrow(num_rows, groups, team.size);
+        const auto row = [&](int r) { return in.row(order.rows[r]); };
+        share_out(phases, 1, wide.count * units, team, [&](int unit) {
+            const int chunk = unit / units;
+            grouped_hidden(*ffn, order, unit % units, (unit + team.size) % units, wide.begin(chunk),
+                           wide.end(chunk, num_rows), row, hidden);
+        });
+        share_out(phases, 2, narrow.count * groups, team, [&](int unit) {
+            const int chunk = unit / groups;
+            grouped_down(*ffn, order, unit % groups, (unit + team.size) % groups, narrow.begin(chunk),
+                         narrow.end(chunk, num_rows), hidden,
+                         [&](int r, int column, int n, F16 v) { store_most(y + (int64_t)r * outputs + column, v, n); });
+        });
+    });
+}
+
+// out [H, T, d] of the queries q [H, T, d] of the last T of S tokens, over keys and values [K, S, d]
+EXPORT void rheostat_causal_attention(const float* q, const float* keys, const float* values, int num_heads,
+                                      int num_kv_heads, int head_dim, int num_queries, int num_slots, float scale,
+                                      int window, float* out, int num_threads) {
+    KeyPanels panels;
+    HalfRows queries;
+    panels.reserve({num_slots}, num_kv_heads, head_dim);
+    const int wide = panels.wide, past = num_slots - num_queries;
+    queries.reserve(num_heads * num_queries, wide);
+    Phases phases(3);
+    parallel(num_threads, [&](Team& team, int) {
+        static thread_local CausalScratch own;
+        static thread_local std::vector<float> buffer;
+        float* block = room(buffer, 2 * (size_t)kLanes * wide);
+        memset(block, 0, 2 * (size_t)kLanes * wide * sizeof(float));
+        share_out(phases, 0, num_heads * num_queries, team, [&](int r) {
+            for (int i = 0; i < head_dim; i++) block[i] = q[(int64_t)r * head_dim + i] * (scale * kLog2E);
+            queries.set(r, block, wide);
+        });
+        share_out(phases, 1, num_kv_heads * panels.blocks, team, [&](int unit) {
+            const int k = unit / panels.blocks, at = unit % panels.blocks;
+            memset(block, 0, 2 * (size_t)kLanes * wide * sizeof(float));
+            for (int s = 0; s < std::min(kLanes, num_slots - at * kLanes); s++) {
+                const int64_t from = ((int64_t)k * num_slots + at * kLanes + s) * head_dim;
+                memcpy(block + s * wide, keys + from, head_dim * sizeof(float));
+                memcpy(block + (kLanes + s) * wide, values + from, head_dim * sizeof(float));
+            }
+            panels.set(k, at, block, block + kLanes * wide);
+        });
+        const int blocks = (num_queries + kQueries - 1) / kQueries;
+        share_out(phases, 2, blocks * num_heads, team, [&](int unit) {
+            const int h = unit % num_heads, first = (blocks - 1 - unit / num_heads) * kQueries;
+            attend_causally(
+                panels, 0, h / (num_heads / num_kv_heads), past + first, std::min(kQueries, num_queries - first), window, own,
+                [&](int slot) { return queries.row(h * num_queries + slot - past); },
+                [&](int slot, const float* result) {
+                    memcpy(out + ((int64_t)h * num_queries + slot - past) * head_dim, result, head_dim * sizeof(float));
+                });
+        });
+    });
+}
+
+EXPORT void rheostat_read_prompts(const Decoder* decoder, const Reading* reading, int num_threads) {
+    read_prompts(*decoder, *reading, num_threads);
 }

@@ -243,7 +243,7 @@ INLINE void panel_int4(const uint8_t* w, const Input& in, int row, int cells, F1
 }
 
 template <int R>
-INLINE void panel(const Matrix& m, int index, const Input& in, int row, int cells, F16* acc) {
+static void panel(const Matrix& m, int index, const Input& in, int row, int cells, F16* acc) {
     const uint8_t* w = m.data + index * m.panel_bytes;
     switch (m.format) {
         case kFloat32: return panel_float32<R>(w, in, row, cells, acc);
@@ -261,23 +261,26 @@ INLINE void panel(const Matrix& m, int index, const Input& in, int row, int cell
     }
 }
 
+constexpr int kMostRows = 8;  // at once: what the registers hold, so that a check of a few tokens reads weights once
+
 // Rows [row, row + count) of one panel; `take(r, F16)` gets each row's 16 outputs. Only the first `cells` cells of the
 // inputs are read.
 template <class Take>
 INLINE void panel_rows(const Matrix& m, int index, const Input& in, int row, int count, int cells, Take&& take) {
-    F16 acc[4];
-    for (; count >= 4; row += 4, count -= 4) {
-        panel<4>(m, index, in, row, cells, acc);
-        for (int r = 0; r < 4; r++) take(row + r, acc[r]);
-    }
-    if (count >= 2) {
-        panel<2>(m, index, in, row, cells, acc);
-        take(row, acc[0]), take(row + 1, acc[1]);
-        row += 2, count -= 2;
-    }
-    if (count) {
-        panel<1>(m, index, in, row, cells, acc);
-        take(row, acc[0]);
+    F16 acc[kMostRows];
+    for (; count > 0; row += kMostRows, count -= kMostRows) {
+        const int n = count < kMostRows ? count : kMostRows;
+        switch (n) {
+            case 1: panel<1>(m, index, in, row, cells, acc); break;
+            case 2: panel<2>(m, index, in, row, cells, acc); break;
+            case 3: panel<3>(m, index, in, row, cells, acc); break;
+            case 4: panel<4>(m, index, in, row, cells, acc); break;
+            case 5: panel<5>(m, index, in, row, cells, acc); break;
+            case 6: panel<6>(m, index, in, row, cells, acc); break;
+            case 7: panel<7>(m, index, in, row, cells, acc); break;
+            default: panel<8>(m, index, in, row, cells, acc);
+        }
+        for (int r = 0; r < n; r++) take(row + r, acc[r]);
     }
 }
 

@@ -45,6 +45,11 @@ INLINE F16 load_part(const float* p, int n) {
 
 INLINE void store_part(float* p, F16 v, int n) { memcpy(p, &v, n * sizeof(float)); }
 
+// The same where n is sixteen nearly always.
+INLINE void store_most(float* p, F16 v, int n) { n == 16 ? store(p, v) : store_part(p, v, n); }
+
+INLINE F16 load_most(const float* p, int n) { return n == 16 ? load(p) : load_part(p, n); }
+
 INLINE F16 as_float(U16 v) {
     F16 f;
     memcpy(&f, &v, sizeof f);
@@ -57,9 +62,22 @@ INLINE U16 as_bits(F16 v) {
     return u;
 }
 
-INLINE F16 larger(F16 a, F16 b) { return a > b ? a : b; }
+// As `a > b ? a : b`, which compilers do not see to be one instruction.
+INLINE F16 larger(F16 a, F16 b) {
+#if LEVEL_AVX512
+    return (F16)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
 
-INLINE F16 smaller(F16 a, F16 b) { return a < b ? a : b; }
+INLINE F16 smaller(F16 a, F16 b) {
+#if LEVEL_AVX512
+    return (F16)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return a < b ? a : b;
+#endif
+}
 
 INLINE float sum(F16 v) {
 #if LEVEL_AVX512
@@ -90,11 +108,15 @@ INLINE F16 sums(const F16* v) {
 }
 
 INLINE float largest(F16 v) {
+#if LEVEL_AVX512
+    return _mm512_reduce_max_ps((__m512)v);
+#else
     float s[16];
     memcpy(s, &v, sizeof s);
     for (int n = 8; n; n >>= 1)
         for (int i = 0; i < n; i++) s[i] = s[i] > s[i + n] ? s[i] : s[i + n];
     return s[0];
+#endif
 }
 
 // -- sixteen-bit floats
@@ -179,6 +201,23 @@ INLINE F16 load_bfloat(const uint16_t* p) {
     F16 f;
     for (int i = 0; i < 16; i++) f[i] = bfloat_to_float(p[i]);
     return f;
+#endif
+}
+
+INLINE void store_bfloat(uint16_t* p, F16 v) {
+#if LEVEL_AVX512
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+    memcpy(p, &half, sizeof half);
+#else
+    for (int i = 0; i < 16; i++) p[i] = float_to_bfloat(v[i]);
+#endif
+}
+
+INLINE void store_half(uint16_t* p, F16 v) {
+#if LEVEL_AVX512
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    for (int i = 0; i < 16; i++) p[i] = float_to_half(v[i]);
 #endif
 }
 
@@ -284,6 +323,19 @@ INLINE F16 exponential(F16 x) {
     p = p * r * r + r + 1.0f;
     U16 scale = (as_bits(t) - 0x4b400000u + 127u) << 23;
     return p * as_float(scale);
+}
+
+// 2^x for x <= 0 to about five digits; below 2^-120, that.
+INLINE F16 power_of_two(F16 x) {
+    const float shift = 12582912.0f;
+    x = larger(x, splat(-120.0f));
+    F16 t = x + shift;
+    F16 r = x - (t - shift);
+    F16 p = r * 9.6181291e-3f + 5.5504109e-2f;
+    p = p * r + 2.4022651e-1f;
+    p = p * r + 6.9314718e-1f;
+    p = p * r + 1.0f;
+    return as_float(as_bits(p) + (as_bits(t) << 23));
 }
 
 enum Activation { kSilu = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3 };

@@ -158,7 +158,15 @@ class NestedFFN(MeteredFFN):
         down_widths = [self.sizes[e] for e in used] if len(self.downs) else [self.sizes[e] for e in used[-1:]]
         read = (2 * self.sizes[used[-1]] + sum(down_widths)) * hidden_size if used else 0
         weights = 3 * hidden_size * self.sizes[-1]
-        meter.add("ffn", 6 * hidden_size * num_channels, read * itemsize, 2 * weights * num_tokens, weights * itemsize)
+        own = sum(self.sizes[e] for e in used if e < full) if len(self.downs) else 0
+        meter.add(
+            "ffn",
+            6 * hidden_size * num_channels,
+            read * itemsize,
+            2 * weights * num_tokens,
+            weights * itemsize,
+            own_bytes=own * hidden_size * itemsize,
+        )
         if is_routed:
             router = self.router.num_weights
             meter.add("router", 2 * router * int(one.valid.sum()), router * itemsize, 0, 0)

@@ -23,6 +23,7 @@ from rheostat import families, models
 from rheostat.cost import Cost, dense_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
+from rheostat.methods.kv_prediction.parking import Parking
 from rheostat.methods.kv_prediction.watching import recording
 from rheostat.spending import current_spending
 
@@ -138,12 +139,22 @@ class CacheMaps(families.Attachment):
         self.head = None if head.weight is auxiliary.get_input_embeddings().weight else head
         """Of its own; None where it is the embedding's matrix."""
         self.host = [auxiliary]  # in a list, so that its parameters do not count twice
+        self._parking: Parking | None = None
         self.layer_map, self.sizes = tuple(layer_map), tuple(sizes)
         own = [one.size for one in families.key_values(auxiliary)]
         self.key_maps = nn.ModuleList(nn.Linear(own[j], size) for j, size in zip(layer_map, sizes, strict=True))
         self.value_maps = nn.ModuleList(nn.Linear(own[j], size) for j, size in zip(layer_map, sizes, strict=True))
         self.firsts = nn.ParameterList(nn.Parameter(torch.zeros(2 * size)) for size in sizes)
         """Of each layer: the first token's keys, then values, raw."""
+
+    def park(self) -> None:
+        """From now on, hold the auxiliary's weights in memory only while it reads."""
+        self._parking = Parking(self.auxiliary)
+
+    def rest(self) -> None:
+        """It has read for now."""
+        if self._parking is not None:
+            self._parking.release()
 
     @property
     def num_weights(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -11,14 +13,17 @@ from weakref import WeakKeyDictionary
 import torch
 
 from rheostat import families
-from rheostat.cost import Cost, dense_cost
+from rheostat.cost import Cost, dense_cost, prediction_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
 from rheostat.methods.base import Method, Progress, no_progress
 from rheostat.methods.kv_prediction import auxiliary, fitting, predictor, prefix, reading, training
+from rheostat.runtime.weights import ReadAhead
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _handles: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
 """Attached model -> the handles of our hooks on it."""
@@ -43,6 +48,9 @@ class KVPrediction(Method):
     layer_map: tuple[int, ...] = ()
     """For a pruned or a smaller auxiliary: for each layer of the model, the auxiliary's layer that predicts it; empty
     for the rule."""
+    keep_auxiliary: bool = True
+    """For a pruned or a smaller auxiliary: hold its weights in memory between prompts; false keeps them in a temporary
+    file, from which each prompt reads them."""
     depths: tuple[float, ...] = (0.4, 0.5, 2 / 3, 5 / 6)
     """Depths of the auxiliary that the dial chooses from: shares of the model's layers, or whole numbers of them."""
     exact_tokens: int = 1
@@ -64,12 +72,19 @@ class KVPrediction(Method):
     """Weight of the mean square of log-sum-exp of the logits."""
     distill_weight: float = 0.0
     """Share of the language-model loss taken from the dense model's own distribution (not in the paper)."""
+    answer_share: float = 0.0
+    """Mean share of a training window, its end, that is read as answers are in use: on its own keys and values and the
+    predicted ones before it. 0 as published: predicted ones only (more than 0 is not in the paper)."""
 
     def __post_init__(self) -> None:
         if not self.depths or not all(_is_number(d, 0) and d > 0 and (d < 1 or d == int(d)) for d in self.depths):
             raise bad_setting("kv_prediction.depths", self.depths, "shares between 0 and 1, or whole numbers of layers")
         if not _is_number(self.exact_tokens, 1) or not isinstance(self.exact_tokens, int):
             raise bad_setting("kv_prediction.exact_tokens", self.exact_tokens, "an integer of at least 1")
+        if not isinstance(self.keep_auxiliary, bool):
+            raise bad_setting("kv_prediction.keep_auxiliary", self.keep_auxiliary, "true or false")
+        if not self.keep_auxiliary and not self.has_own_auxiliary:
+            logger.warning("kv_prediction.keep_auxiliary=False has no effect: the auxiliary is the model's own layers")
         if not isinstance(self.inputs, tuple) or not all(_is_number(one, 0) and one < 1 for one in self.inputs):
             raise bad_setting("kv_prediction.inputs", self.inputs, "shares of the depth, from 0 to below 1")
         for field in (
@@ -85,6 +100,8 @@ class KVPrediction(Method):
                 raise bad_setting(f"kv_prediction.{field}", getattr(self, field), "a finite number of at least 0")
         if self.distill_weight > 1:
             raise bad_setting("kv_prediction.distill_weight", self.distill_weight, "from 0 to 1")
+        if not _is_number(self.answer_share, 0) or self.answer_share > 0.5:
+            raise bad_setting("kv_prediction.answer_share", self.answer_share, "from 0 to 0.5")
 
     @property
     def has_own_auxiliary(self) -> bool:
@@ -134,7 +151,10 @@ class KVPrediction(Method):
         self.check(model)
         depths = self.layer_counts(len(families.layers(model)))
         if self.has_own_auxiliary:
-            predictor.attach(model, [auxiliary.build(model, self.auxiliary, self.kept, self.layer_map)])
+            maps = auxiliary.build(model, self.auxiliary, self.kept, self.layer_map)
+            if not self.keep_auxiliary:
+                maps.park()
+            predictor.attach(model, [maps])
             _handles[model] = []
             return
         inputs = {depth: self.read_layers(depth) for depth in depths}
@@ -230,10 +250,10 @@ class KVPrediction(Method):
         depths = [d for d in self.layer_counts(geometry.num_layers) if self._share(geometry, d) <= compute]
         if compute == 1.0 or early <= 0 or not depths or (self.has_own_auxiliary and past):
             return dense_cost(geometry, num_tokens=num_tokens, past=past, num_logits=num_logits, itemsize=itemsize)
-        first = self._small(geometry) if self.has_own_auxiliary else predictor.part_of(geometry, depths[0])
+        first = self._small(geometry) if self.has_own_auxiliary else geometry.first_layers(depths[0])
         weights = self._map_weights(geometry, depths[0])
         ahead = dense_cost(first, num_tokens=early, past=past, num_logits=0, itemsize=itemsize).charged_to("auxiliary")
-        ahead += reading.predictor_cost(geometry, depths[0], weights, early, itemsize)
+        ahead += prediction_cost(geometry, geometry.num_layers - depths[0], weights, early, itemsize)
         return ahead + dense_cost(
             geometry, num_tokens=self.exact_tokens, past=past + early, num_logits=num_logits, itemsize=itemsize
         )
@@ -245,6 +265,19 @@ class KVPrediction(Method):
     ) -> torch.Tensor:
         """The prompt through the auxiliary at the depth the dial asks for, its last tokens through the model."""
         return reading.prefill(model, input_ids, attention_mask, cache, key=self.name, num_exact=self.exact_tokens)
+
+    def runtime_prefill(self, model: PreTrainedModel) -> ReadAhead | None:
+        """The model's own first layers and the maps; an auxiliary of its own reads on `transformers`."""
+        if self.has_own_auxiliary:
+            return None
+        held = predictor.predictors(model).values()
+        return ReadAhead(
+            key=self.name,
+            num_exact=self.exact_tokens,
+            layers={one.depth: one.runtime_maps() for one in held if isinstance(one, predictor.Predictor)},
+            depth_at=partial(reading.depth_for, model),
+            hook_ids=frozenset(handle.id for handle in _handles[model]),
+        )
 
     # -- saving
 

@@ -6,29 +6,24 @@ Shapes: B rows, T tokens, D model width, X features, R rank, K key/value heads, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
 from rheostat import families
-from rheostat.cost import Cost, attention_cost, attention_weight_bytes, embedding_cost, ffn_cost
+from rheostat.cost import Cost, rows_cost
 from rheostat.geometry import Geometry
 from rheostat.methods.base import MeteredFFN
 from rheostat.methods.kv_prediction.auxiliary import CacheMaps
 from rheostat.methods.kv_prediction.prefix import run_prefix
+from rheostat.runtime.weights import PredictedLayers
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
 PLACE = "kv_predictors"
 """Name of the attribute of the decoder that holds the maps."""
-
-
-def part_of(geometry: Geometry, num_layers: int) -> Geometry:
-    """The sizes of the first `num_layers` layers alone."""
-    return replace(geometry, num_layers=num_layers, windows=geometry.windows[:num_layers])
 
 
 class Predictor(families.Attachment):
@@ -86,13 +81,23 @@ class Predictor(families.Attachment):
     def auxiliary_cost(self, model: PreTrainedModel, counts: Sequence[tuple[int, int]], itemsize: int) -> Cost:
         """`read` for rows of so many (cached, new) tokens, less what metered FFNs bill themselves."""
         geometry = Geometry.from_config(model.config)
-        first = part_of(geometry, self.depth)
-        total = sum(new for _, new in counts)
         num_plain = sum(not isinstance(layer.mlp, MeteredFFN) for layer in families.layers(model)[: self.depth])
-        cost = attention_weight_bytes(first, itemsize) + embedding_cost(geometry, total, itemsize)
-        for past, new in counts:
-            cost += attention_cost(first, new, past, itemsize)
-        return cost + ffn_cost(geometry, total, num_plain, itemsize) if num_plain else cost
+        return rows_cost(geometry.first_layers(self.depth), counts, num_plain, itemsize)
+
+    def rest(self) -> None:
+        """It has read for now; there is nothing to give back."""
+
+    def runtime_maps(self) -> PredictedLayers:
+        """These maps as the runtime computes them, as views of their parameters."""
+        maps = cast("list[nn.Linear]", list(self.maps))
+        return PredictedLayers(
+            depth=self.depth,
+            reads=self.inputs,
+            squeeze=self.squeeze.weight.detach() if isinstance(self.squeeze, nn.Linear) else None,
+            maps=tuple(one.weight.detach() for one in maps),
+            biases=tuple(one.bias.detach() for one in maps),
+            firsts=tuple(one.detach() for one in self.firsts),
+        )
 
     def forward(self, mixed: torch.Tensor, is_first: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Raw keys and values [B, T, K * d] of layer `depth + index`.

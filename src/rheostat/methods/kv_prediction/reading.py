@@ -12,15 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rheostat import families
-from rheostat.cost import (
-    Cost,
-    Parts,
-    attention_cost,
-    attention_weight_bytes,
-    embedding_cost,
-    ffn_cost,
-    router_cost,
-)
+from rheostat.cost import Cost, prediction_cost, rows_cost
 from rheostat.geometry import Geometry
 from rheostat.methods.base import Method, positions
 from rheostat.methods.kv_prediction.auxiliary import CacheMaps
@@ -128,6 +120,7 @@ def read_ahead(
             cache.update(layer.finish_keys(keys, position_ids), layer.finish_values(values), layer.layer)
         if spending is not None:
             spending.meter.bill(_spent(model, attention_mask, num_tokens, predictor))
+    predictor.rest()
     if spending is not None:
         valid = attention_mask[:, -num_tokens:].bool()
         spending.meter.spare("prefill", valid, _dense(model, attention_mask, num_tokens))
@@ -150,23 +143,11 @@ def _spent(
     counts = _counts(attention_mask, num_tokens)
     total = sum(new for _, new in counts)
     cost = predictor.auxiliary_cost(model, counts, itemsize)
-    return cost + predictor_cost(geometry, predictor.depth, predictor.num_weights, total, itemsize)
-
-
-def predictor_cost(geometry: Geometry, depth: int, num_weights: int, num_tokens: int, itemsize: int) -> Cost:
-    """The maps on `num_tokens` tokens, and their keys and values written once."""
-    written = (geometry.num_layers - depth) * geometry.kv_values * num_tokens
-    cost = router_cost(num_weights, num_tokens, itemsize).charged_to("auxiliary")
-    return cost + Cost(bytes=Parts(scores=written * itemsize))
+    num_layers = geometry.num_layers - predictor.depth
+    return cost + prediction_cost(geometry, num_layers, predictor.num_weights, total, itemsize)
 
 
 def _dense(model: PreTrainedModel, attention_mask: torch.Tensor, num_tokens: int) -> Cost:
     """What the model would have spent on the same tokens."""
     geometry = Geometry.from_config(model.config)
-    itemsize = model.dtype.itemsize
-    counts = _counts(attention_mask, num_tokens)
-    total = sum(new for _, new in counts)
-    cost = attention_weight_bytes(geometry, itemsize) + embedding_cost(geometry, total, itemsize)
-    for past, new in counts:
-        cost += attention_cost(geometry, new, past, itemsize)
-    return cost + ffn_cost(geometry, total, geometry.num_layers, itemsize)
+    return rows_cost(geometry, _counts(attention_mask, num_tokens), geometry.num_layers, model.dtype.itemsize)

@@ -1,7 +1,8 @@
 """Training of the maps: the model on predicted keys and values alone, in one parallel pass, as published.
 
 Every position of every predicted layer attends to predicted keys and values, its own among them; queries, and all else,
-are the model's. The model is frozen, but gradients flow through it to the maps.
+are the model's. The model is frozen, but gradients flow through it to the maps. With `answer_share`, our choice, the
+end of each window is read as answers are in use: on predicted keys and values of what came before, and its own.
 
 Shapes: B rows, T tokens, V vocabulary, K key/value heads, d head width.
 """
@@ -33,12 +34,14 @@ def predicting(
     predictor: Predictor | CacheMaps,
     is_first: torch.Tensor,
     given: Mapping[tuple[str, int], torch.Tensor] | None = None,
+    is_answer: torch.Tensor | None = None,
 ) -> Iterator[dict[tuple[str, int], torch.Tensor]]:
     """Inside the block, passes without a cache attend to predicted keys and values from the depth on.
 
     Args:
         is_first: [B, T] bool, True for the first token of a text.
         given: what an auxiliary of its own has made of the same text; the model's own first layers need none.
+        is_answer: [B, T] bool, positions that keep their own keys and values; None is nowhere.
 
     Yields:
         Of the newest pass, each [B, T, K * d], predicted, raw and in the graph: ("keys", layer) and ("values", layer).
@@ -52,7 +55,9 @@ def predicting(
             made["keys", predictor.depth + index], made["values", predictor.depth + index] = keys, values
 
     def replace(layer: int) -> Any:
-        return lambda kind, tensor: made[kind, layer]
+        if is_answer is None:
+            return lambda kind, tensor: made[kind, layer]
+        return lambda kind, tensor: torch.where(is_answer[..., None], tensor, made[kind, layer].to(tensor.dtype))
 
     norm = families.attention_norm(families.layers(model)[predictor.depth])
     handles: list[Any] = [norm.register_forward_hook(predict)]
@@ -80,7 +85,8 @@ def loss(
     if isinstance(predictor, CacheMaps):
         hidden, given = predictor.run(batch["input_ids"], batch.get("attention_mask"), None)
         told = predictor.logits(hidden) if method.auxiliary_weight else None
-    with predicting(model, predictor, is_first, given) as made:
+    is_answer = draw_answers(keep, method.answer_share) if method.answer_share else None
+    with predicting(model, predictor, is_first, given, is_answer) as made:
         logits = model(**batch, use_cache=False).logits
     teacher = dense if method.distill_weight else None
     lm, parts = language_loss(logits, batch, teacher, method.distill_weight)
@@ -91,6 +97,17 @@ def loss(
         auxiliary = language_loss(told, batch, None, 0.0)[0] + method.z_weight * _z(told, keep)
         total, parts = total + method.auxiliary_weight * auxiliary, parts | {"auxiliary": float(auxiliary.detach())}
     return total, parts | {"z": float(z.detach()), "consistency": float(distance.detach())}
+
+
+def draw_answers(keep: torch.Tensor, share: float) -> torch.Tensor:
+    """Where answers are, [B, T] bool: each row's end, its length drawn evenly from 0 to twice `share` of its tokens.
+
+    Args:
+        keep: [B, T] bool, False at padding.
+    """
+    lengths = keep.sum(1, keepdim=True)
+    starts = lengths * (1 - 2 * share * torch.rand(len(keep), 1, device=keep.device))
+    return keep & (keep.cumsum(1) > starts)
 
 
 def _z(logits: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from rheostat import families
-from rheostat.caches.hierarchical import HierarchicalCache, body_length, check_groups, saved_bytes
+from rheostat.caches.counting import body_length, check_groups, saved_bytes
+from rheostat.caches.hierarchical import HierarchicalCache
 from rheostat.cost import Cost, Parts, dense_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
 from rheostat.methods.base import Method
 from rheostat.methods.quantspec.twins import TwinLinear, drafting
+from rheostat.runtime.weights import CacheForm, DraftForm
 from rheostat.speculate.drafter import Drafter, State, Stopping
 from rheostat.speculate.drafting import SelfDrafter
 from rheostat.spending import current_spending
@@ -109,9 +111,17 @@ class QuantSpec(Method):
             is_remembering=self.remember_views,
         )
 
+    def cache_form(self) -> CacheForm:
+        """In planes."""
+        return CacheForm(group_size=self.group_size, value_group_size=self.value_group_size)
+
+    def draft_form(self) -> DraftForm:
+        """4 bits of everything that has them. Our own runtime has groups of its own for weights."""
+        return DraftForm(places=self.draft_weights)
+
     def drafter(self, stopping: Stopping | None = None) -> Drafter:
         """The model itself, in 4 bits."""
-        return FourBitDrafter(stopping)
+        return FourBitDrafter(stopping, self.draft_weights, self.weight_group_size)
 
     def cost(
         self,
@@ -140,16 +150,25 @@ class QuantSpec(Method):
 class FourBitDrafter(SelfDrafter):
     """Reads the upper plane of the cache and the 4-bit weights."""
 
+    def __init__(self, stopping: Stopping | None, places: tuple[str, ...], group: int) -> None:
+        super().__init__(stopping)
+        self.places, self.group = places, group
+
     @contextmanager
     def reading(self, state: State) -> Iterator[None]:
         """4 bits of everything that has them; the weights' savings go to the meter, the cache bills its own."""
+        if state.cache is None:
+            with state.host.cheaply():
+                yield
+            return
         assert isinstance(state.cache, HierarchicalCache)
-        twins = [module for module in state.model.modules() if isinstance(module, TwinLinear)]
-        before = state.cache.get_seq_length()
+        spending = current_spending()
+        before = {} if spending is None else dict(spending.meter.side_bytes)
         with state.cache.reading(4), drafting():
             yield
-        spending = current_spending()
-        if spending is not None:
-            num_passes = state.cache.get_seq_length() - before
-            saved = num_passes * sum(twin.saved_bytes for twin in twins)
-            spending.meter.add("draft", 0, -saved, 0, 0)
+        if spending is None:
+            return
+        meter, itemsize = spending.meter, state.model.dtype.itemsize
+        for part in self.places:  # of what was read: slices of an FFN, where a dial says so
+            read = meter.side_bytes.get(part, 0) - before.get(part, 0)
+            meter.add("draft", 0, read * (4 * self.group + 32) // (8 * itemsize * self.group) - read, 0, 0)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from rheostat.caches.planes import dequantise, quantise
+from rheostat.methods.base import StandIn
 
 _is_drafting: ContextVar[bool] = ContextVar("rheostat_is_drafting", default=False)
 
@@ -28,7 +29,7 @@ def drafting() -> Iterator[None]:
         _is_drafting.reset(token)
 
 
-class TwinLinear(nn.Linear):
+class TwinLinear(StandIn):
     """Takes a linear layer's place and shares its parameters, under the same names.
 
     `weight` is what is to be read now. Whoever slices it (a method that runs part of an FFN, for one) drafts with
