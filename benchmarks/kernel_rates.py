@@ -22,6 +22,7 @@ import torch
 
 from rheostat.kernels import PackedMatrix, decode_attention, few_rows, library, nested_ffn, pack
 from rheostat.kernels.packed import aligned_bytes
+from rheostat.kernels.prompts import causal_attention, grouped_ffn, many_rows
 from rheostat.provenance import hardware
 
 D, F, V, HEADS, KV_HEADS, HEAD = 576, 1536, 49152, 9, 3, 64
@@ -124,6 +125,34 @@ def attention_cases(num_slots: int = 4096, layers: int = 30) -> list[Case]:
     return found
 
 
+def prompt_cases(num_tokens: int = 512) -> list[Case]:
+    """What a prompt is read with, beside torch's own in bfloat16: a product, the FFN with all experts, attention."""
+    x, weight = torch.randn(num_tokens, D), torch.randn(F, D) / D**0.5
+    gate, up, down = pack(weight, "bf16"), pack(weight, "bf16"), pack(torch.randn(D, F) / F**0.5, "bf16")
+    sizes = [F // 4 * (i + 1) for i in range(4)]
+    half, plain = x.bfloat16(), weight.bfloat16()
+    q, k, v = (torch.randn(heads, num_tokens, HEAD) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    q16, k16, v16 = (one[None].bfloat16() for one in (q, k, v))
+    product, seen = 2 * num_tokens * F * D, 2 * HEADS * HEAD * num_tokens * (num_tokens + 1)
+    found = [
+        Case("prompt product", lambda: many_rows(x, gate), gate.nbytes, product),
+        Case("torch prompt product", lambda: torch.nn.functional.linear(half, plain), plain.nbytes, product),
+        Case("prompt attention", lambda: causal_attention(q, k, v, scale=0.125), k16.nbytes + v16.nbytes, seen),
+        Case(
+            "torch prompt attention",
+            lambda: torch.nn.functional.scaled_dot_product_attention(q16, k16, v16, is_causal=True, enable_gqa=True),
+            k16.nbytes + v16.nbytes,
+            seen,
+        ),
+    ]
+    for label, low in (("full", 3), ("mixed", 0)):
+        experts = torch.arange(num_tokens) % (4 - low) + low
+        flops = 6 * D * sum(sizes[expert] for expert in experts.tolist())
+        action = lambda experts=experts: grouped_ffn(x, gate, up, [down], [None], sizes, experts)  # noqa: E731
+        found.append(Case(f"prompt ffn {label}", action, 3 * gate.nbytes, flops))
+    return found
+
+
 def measure(cases: list[Case], repeats: int) -> list[dict[str, float | str]]:
     """Rounds over all cases, so that a slow moment of the machine meets all of them; medians and best of seconds."""
     block = aligned_bytes(BLOCK)
@@ -164,11 +193,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--parts", nargs="+", default=["products", "ffn", "attention"])
+    parser.add_argument("--parts", nargs="+", default=["products", "ffn", "attention", "prompts"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    parts = {"products": lambda: product_cases(tuple(arguments.rows)), "ffn": ffn_cases, "attention": attention_cases}
+    parts = {
+        "products": lambda: product_cases(tuple(arguments.rows)),
+        "ffn": ffn_cases,
+        "attention": attention_cases,
+        "prompts": prompt_cases,
+    }
     rows = measure([case for part in arguments.parts for case in parts[part]()], arguments.repeats)
     print(f"{'case':24s} {'GB/s':>7s} {'of read':>8s} {'best':>7s} {'of read':>8s} {'GFLOP/s':>8s}")
     for row in rows:

@@ -13,6 +13,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before transformers imports Triton, where it is installed
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9's default; unset, it warns of the next one's
 
 import pytest
 from tokenizers import Tokenizer, decoders, pre_tokenizers

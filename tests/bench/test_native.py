@@ -42,7 +42,8 @@ def test_bytes_are_those_of_the_format(weights, share):
     assert native.decode.bytes.scores == share * stock.decode.bytes.scores
     packed = native.decode.bytes.ffn / stock.decode.bytes.ffn  # panels are padded to 64 inputs, this FFN reads 32
     assert share <= packed <= 2 * share
-    assert native.prefill.bytes.ffn == share * stock.prefill.bytes.ffn
+    read = native.prefill.bytes.ffn / stock.prefill.bytes.ffn  # in panels too, where prompts are read natively
+    assert read in (share, packed)
 
 
 def test_sides_of_one_format_share_weights():

@@ -120,6 +120,53 @@ static void steps(int format, int group, int threads) {
         }
 }
 
+static void prompts(int threads) {
+    for (int rows : {1, 5, 13, 400})
+        for (int n : {1, 37, 65}) {
+            const int k = 1 + draw() % 130;
+            Packed half(kBFloat16, 0, n, k), whole(kFloat32, 0, n, k);
+            Floats x(rows * k), y(rows * n), bias(n);
+            rheostat_many_rows(&half.m, x, rows, bias, y, threads);
+            rheostat_many_rows(&whole.m, x, rows, nullptr, y, threads);
+        }
+    for (int d : {1, 20, 64, 130})
+        for (int num : {1, 70}) {
+            const int past = draw() % 300, slots = past + num;
+            Floats q(4 * num * d), keys(2 * slots * d), values(2 * slots * d), out(4 * num * d);
+            rheostat_causal_attention(q, keys, values, 4, 2, d, num, slots, 0.1f, draw() % 2 ? 9 : 0, out, threads);
+        }
+}
+
+static void readings(int threads) {
+    const int d = 37, heads = 4, kv = 2, dim = 11, u = 5, num_layers = 2, slots = 90;
+    const int32_t sizes[] = {15, 33, 61}, lengths[] = {50, 1, 7}, pasts[] = {0, 3, 80}, rows[] = {2, 0, 1};
+    for (int rule : {0, 1})
+        for (int cache : {kFloat32, kBFloat16, kFloat16}) {
+            Packed q(kBFloat16, 0, heads * dim, d), k(kBFloat16, 0, kv * dim, d), o(kBFloat16, 0, d, heads * dim);
+            Packed gate(kBFloat16, 0, 61, d), down(kBFloat16, 0, d, 61), inner(kFloat32, 0, u, d);
+            Floats norm(d), head_norm(dim), bias(heads * dim), inner_bias(u), outer(3 * u), outer_bias(3);
+            const float* biases[] = {norm};
+            Router router = {inner.m, inner_bias, outer, outer_bias, u, rule ? 3 : 2, rule};
+            Layer layers[num_layers];
+            for (Layer& layer : layers)
+                layer = {norm, norm, q.m, k.m, k.m, o.m, bias, nullptr, bias, norm, head_norm, head_norm,
+                         {gate.m, gate.m, &down.m, biases, sizes, 3, 1, 0}, router, 1, rule ? 0 : 9};
+            const int tokens = 58;
+            const size_t n = (size_t)num_layers * 3 * kv * slots * dim;
+            std::unique_ptr<uint8_t[]> keys(new uint8_t[n * (cache == kFloat32 ? 4 : 2)]()),
+                values(new uint8_t[n * (cache == kFloat32 ? 4 : 2)]());
+            Decoder decoder = {layers, num_layers, d, 4, 1e-5f, norm, down.m, {heads, kv, dim, cache, slots, 0.3f, 0}};
+            Floats hidden(tokens * d), settings(tokens), cos(slots * 4), sin(slots * 4);
+            std::unique_ptr<int64_t[]> positions(new int64_t[tokens]);
+            std::unique_ptr<int32_t[]> experts(new int32_t[num_layers * tokens]);
+            for (int b = 0, at = 0; b < 3; b++)
+                for (int i = 0; i < lengths[b]; i++) positions[at++] = pasts[b] + i;
+            Reading reading = {hidden, positions.get(), rule ? (float*)settings : nullptr, lengths, pasts, rows, keys.get(),
+                               values.get(), (int64_t)n / num_layers, cos, sin, experts.get(), 3, tokens, 0, num_layers};
+            rheostat_read_prompts(&decoder, &reading, threads);
+        }
+}
+
 int main() {
     for (int threads : {1, 2, 5}) {
         for (int format = 0; format < 6; format++) {
@@ -129,6 +176,8 @@ int main() {
             steps(kind, group, threads);
         }
         attentions(threads);
+        prompts(threads);
+        readings(threads);
     }
     Floats block(4096);
     rheostat_read((const uint8_t*)(float*)block, 4 * 4096, 2);

@@ -145,6 +145,15 @@ def test_other_formats_are_near_and_their_bytes_are_counted(format):
     assert held - runtime.nbytes["prefill"] == itemsize * (maps.num_weights - shared)
 
 
+@torch.inference_mode()
+def test_without_native_code(monkeypatch):
+    adapted, settings = given(), {"kv_prediction": torch.full((3,), 2.0)}
+    native = Batch.read(adapted.runtime("native"), IDS, MASK, settings).logits
+    adapted._runtimes.clear()
+    monkeypatch.setattr("rheostat.runtime.engine.library", lambda: None)
+    torch.testing.assert_close(Batch.read(adapted.runtime("native"), IDS, MASK, settings).logits, native)
+
+
 def test_pieces():
     prompt = Prompt.of(IDS, MASK, rows=[4, 0, 2], pasts=[0, 7, 0])
     pieces = Pieces.of(prompt, 3)

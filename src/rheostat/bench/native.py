@@ -15,6 +15,7 @@ from rheostat.cost import Cost, Parts
 from rheostat.runtime.engine import Batch, Runtime
 from rheostat.runtime.packing import check_format, prefill_dtype
 from rheostat.runtime.weights import DecoderWeights, Matrix
+from rheostat.sampling import most_likely
 from rheostat.spending import Compute, spend
 
 
@@ -49,7 +50,7 @@ class NativeSide(Side):
         """One pass over the prompts [B, T]."""
         settings = self.adapted.settings("prefill", len(ids))
         batch = Batch.read(self.runtime, ids, None, settings, num_new=self.spec.context)
-        return batch, batch.logits.argmax(-1)
+        return batch, most_likely(batch.logits)
 
     def decode(self, state: tuple[Batch, torch.Tensor]) -> tuple[Batch, torch.Tensor]:
         """One pass over one token a row."""
@@ -57,7 +58,7 @@ class NativeSide(Side):
         setting = self.runtime.setting(self.adapted.settings("decode", len(token_ids)))
         logits = batch.step(token_ids, setting)
         batch.settle()
-        return batch, logits.argmax(-1)
+        return batch, most_likely(logits)
 
     def wait(self) -> None:
         """Nothing runs on."""
@@ -73,7 +74,7 @@ class NativeSide(Side):
         used, dense = prefill.cost + decode.cost, prefill.dense + decode.dense
         runtime = self.runtime
         return Spent(
-            self._held(prefill.cost, replace(runtime.prefill_weights, head=runtime.weights.head)),
+            self._held(prefill.cost, runtime.prefill_weights),
             self._held(decode.cost, runtime.decode_weights),
             num_steps,
             used.flops.flat / dense.flops.flat,

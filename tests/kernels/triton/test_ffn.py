@@ -138,3 +138,24 @@ def test_what_does_not_fit_is_refused():
         weights.run(x[:, :31], experts)
     with pytest.raises(SettingError, match="tiles="):
         weights.run(random_rows(17, 32, g=g), random_experts(17, 2, g), tiles=FUSED[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("num_rows", [1, 8, 40])
+def test_a_captured_call_follows_its_inputs(num_rows):
+    """Nothing waits for the GPU, so a graph can hold the call; its replay reads experts and activations anew."""
+    g = seeded(6)
+    ffn = random_ffn(("bf16", 0), [64, 128, 256], 96, True, g)
+    weights = NestedWeights.of(*ffn)
+    x, experts = random_rows(num_rows, 96, g=g), random_experts(num_rows, 3, g)
+    weights.run(x, experts)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = weights.run(x, experts)
+    for _ in range(3):
+        x.copy_(random_rows(num_rows, 96, g=g))
+        experts.copy_(random_experts(num_rows, 3, g))
+        graph.replay()
+        assert torch.equal(y, weights.run(x, experts))

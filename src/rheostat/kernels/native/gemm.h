@@ -1,6 +1,6 @@
 // Products y = x W^T of many rows: the panels of matrix.h, a block of rows at a time.
 //
-// A tile is up to 6 rows by 4 panels: 24 sums that stay in registers while the inputs go by, each weight vector used for
+// A tile is up to 6 rows (2 without AVX-512) by 4 panels: 24 sums that stay in registers while the inputs go by, each weight vector used for
 // every row and each pair of activations for every panel. Weights are bfloat16 (pairs of inputs side by side, which
 // the processor multiplies as they are) or float32. Rows are given one by one, so that picking some costs nothing.
 //
@@ -13,7 +13,12 @@
 
 #include "matrix.h"
 
-constexpr int kTileRows = 6, kTilePanels = 4, kTileOutputs = kTilePanels * kLanes;
+#if LEVEL_AVX512
+constexpr int kTileRows = 6;
+#else
+constexpr int kTileRows = 2;  // the sums need as many registers as there are, and compiling must not take minutes
+#endif
+constexpr int kTilePanels = 4, kTileOutputs = kTilePanels * kLanes;
 constexpr int kChunkRows = 192;  // of 576 or 1536 inputs: they stay in the second cache while all panels go by
 
 INLINE F16 pair_even(uint32_t pair) { return as_float(U16{} + (pair << 16)); }
@@ -77,13 +82,17 @@ static void tile(const uint8_t* const* w, const uint32_t* const* x, int steps, c
 typedef void (*Tile)(const uint8_t* const* w, const uint32_t* const* x, int steps, const TileOut& to);
 
 #define TILES_OF_ROWS(paired, rows) {tile<paired, rows, 1>, tile<paired, rows, 2>, tile<paired, rows, 3>, tile<paired, rows, 4>}
+#if LEVEL_AVX512
 #define TILES(paired)                                                                            \
     {TILES_OF_ROWS(paired, 1), TILES_OF_ROWS(paired, 2), TILES_OF_ROWS(paired, 3),               \
      TILES_OF_ROWS(paired, 4), TILES_OF_ROWS(paired, 5), TILES_OF_ROWS(paired, 6)}
+#else
+#define TILES(paired) {TILES_OF_ROWS(paired, 1), TILES_OF_ROWS(paired, 2)}
+#endif
 
 static const Tile kTiles[2][kTileRows][kTilePanels] = {TILES(false), TILES(true)};
 
-// One tile of 1 to 6 rows and 1 to 4 panels.
+// One tile of 1 to kTileRows rows and 1 to 4 panels.
 INLINE void multiply_tile(int format, const uint8_t* const* w, int panels, const uint32_t* const* x, int rows, int steps,
                           const TileOut& to) {
     kTiles[format != kFloat32][rows - 1][panels - 1](w, x, steps, to);

@@ -221,7 +221,9 @@ def _down(
     width = tl.load(sizes + expert, mask=expert >= 0, other=0)
     n = tl.program_id(0) * BD + tl.arange(0, BD)
     is_output = n < outputs
-    y = tl.zeros((BM, BD), tl.float32)
+    place = out + token.to(tl.int64)[:, None] * out_row + n[None, :]
+    nothing = tl.zeros((BM, BD), out.dtype.element_ty)
+    tl.store(place, nothing, mask=((m < num_rows) & (expert < 0))[:, None] & is_output[None, :])
     for e in range(NUM_DOWNS):
         is_mine = (expert == e) if NUM_DOWNS > 1 else (expert >= 0)  # [BM]
         if tl.max(is_mine.to(tl.int32), 0) > 0:
@@ -236,8 +238,8 @@ def _down(
             end = tl.multiple_of(tl.max(mine, 0), ALIGN)
             for first in range(0, end, BK):
                 k = first + tl.arange(0, BK)
-                place = hidden + m.to(tl.int64)[:, None] * hidden_row + k[None, :]
-                row = tl.load(place, mask=k[None, :] < mine[:, None], other=0.0).to(DTYPE)
+                here = hidden + m.to(tl.int64)[:, None] * hidden_row + k[None, :]
+                row = tl.load(here, mask=k[None, :] < mine[:, None], other=0.0).to(DTYPE)
                 w = load_tile(
                     values, scales, least, stride, scale_stride, n, is_output, first, end,
                     FORMAT, GROUP, BD, BK, DTYPE,
@@ -247,9 +249,7 @@ def _down(
             if address != 0:
                 bias = tl.load(address.to(tl.pointer_type(BIAS)) + n, mask=is_output, other=0.0)
                 acc += bias.to(tl.float32)[None, :]
-            y = tl.where(is_mine[:, None], acc, y)
-    place = out + token.to(tl.int64)[:, None] * out_row + n[None, :]
-    tl.store(place, y.to(out.dtype.element_ty), mask=(m < num_rows)[:, None] & is_output[None, :])
+            tl.store(place, acc.to(out.dtype.element_ty), mask=is_mine[:, None] & is_output[None, :])
 
 
 # -- from Python

@@ -60,7 +60,7 @@ def check_device(device: torch.device) -> None:
         raise bad_setting("kernels", "triton", "installed: pip install 'rheostat[gpu]'")
     if not is_available(device):
         allowed = "cpu under TRITON_INTERPRET=1" if IS_INTERPRETED else "cuda (or cpu with TRITON_INTERPRET=1 set)"
-        raise bad_setting("device", device, allowed)
+        raise bad_setting("device", str(device), allowed)
 
 
 def next_power(number: int, least: int = 1) -> int:

@@ -9,6 +9,7 @@ from torch import nn
 
 from rheostat.families import GatedMLP
 from rheostat.methods.base import MeteredFFN
+from rheostat.methods.dynamoe import gpu
 from rheostat.methods.dynamoe.experts import down_of, run_grouped, run_naive, run_one
 from rheostat.methods.dynamoe.routing import Router, choose_by_confidence, choose_by_damage
 from rheostat.runtime.weights import FFNWeights, RouterWeights
@@ -20,6 +21,9 @@ class NestedFFN(MeteredFFN):
 
     At the neutral setting it calls the host's own FFN and nothing else, so the dense model is reproduced bit for bit.
     """
+
+    execution: str = "auto"
+    """What runs the experts: one of `gpu.EXECUTIONS`."""
 
     order: torch.Tensor
     """[F] int64, the host's original channel at each place."""
@@ -130,6 +134,8 @@ class NestedFFN(MeteredFFN):
         """Tokens [N, D] through the chosen experts [N]."""
         if self.is_naive:
             return run_naive(x, choice, self.mlp, self.downs, self.sizes)
+        if (y := gpu.run(x, choice, self.mlp, self.downs, self.sizes, self.execution)) is not None:
+            return y
         if len(x) == 1 and (expert := int(choice)) >= 0:
             return run_one(x, self.mlp, self.downs, expert, self.sizes[expert])
         return run_grouped(x, choice, self.mlp, self.downs, self.sizes)
