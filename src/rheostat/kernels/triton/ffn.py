@@ -337,7 +337,7 @@ class NestedWeights:
             return x.new_empty(len(x), self.hidden_size)
         experts = experts.contiguous()
         if isinstance(tiles, GroupedTiles) or (tiles is None and len(x) > MOST_ROWS):
-            return _run_grouped(self, x, experts, activation, tiles or GROUPED[0])  # type: ignore[arg-type]
+            return _run_grouped(self, x, experts, activation, tiles or GROUPED[0])
         return _run_fused(self, x, experts, activation, tiles or FUSED[0])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -74,7 +74,7 @@ def run(
 
 def _obstacle(x: torch.Tensor, mlp: GatedMLP, downs: Downs, is_available: bool) -> str:
     """Why the kernels cannot do this, or nothing."""
-    weights = [mlp.down.weight, *mlp.gate_up(0, mlp.ffn_size), *(one.weight for one in downs)]
+    weights: list[Any] = [mlp.down.weight, *mlp.gate_up(0, mlp.ffn_size), *(one.weight for one in downs)]
     if not is_available:
         return f"Triton does not run on {x.device}"
     if torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in weights)):
