@@ -137,7 +137,7 @@ public:
             put_out(layer);
             team_.barrier();
             choose(layer, i);
-            ffn_hidden(layer.ffn, p_.order, p_.input, c_.hidden, p_.buffer, team_);
+            ffn_hidden(layer.ffn, p_.order, p_.input, c_.hidden, p_.buffer, team_, thread_);
             team_.barrier();
             ffn_down(layer.ffn, p_.order, c_.hidden, s_.hidden, d_.hidden_size, true, team_, thread_);
             team_.barrier();

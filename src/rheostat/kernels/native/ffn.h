@@ -48,12 +48,12 @@ struct Order {
 // This thread's share of the hidden activations. `in` has the rows in the order's order, as gate and up take them;
 // `hidden` gets them as the downs take them.
 static void ffn_hidden(const Ffn& ffn, const Order& order, const Input& in, Input& hidden, std::vector<float>& buffer,
-                       Team& team) {
-    const int units = (order.widest() + kCell - 1) / kCell;
+                       Team& team, int thread) {
+    Share share((order.widest() + kCell - 1) / kCell, thread, team.size);
     if (buffer.size() < order.rows.size() * (kCell + kLanes)) buffer.resize(order.rows.size() * (kCell + kLanes));
     float* gates = buffer.data() + order.rows.size() * kCell;
     const int down_format = ffn.downs[0].format, cells = ffn.gate.cells(), last = ffn.gate.panels();
-    for (int unit; (unit = team.take()) < units;) {
+    for (int unit = share.begin; unit < share.end; unit++) {
         int count = order.active(unit * kCell);
         for (int i = 0; i < kCell / kLanes; i++) {
             int p = unit * (kCell / kLanes) + i;

@@ -57,7 +57,7 @@ EXPORT void rheostat_nested_ffn(const Ffn* ffn, const float* x, const int32_t* e
     Input &ready = in, &between = hidden;
     parallel(num_threads, [&](Team& team, int thread) {
         static thread_local std::vector<float> buffer;
-        ffn_hidden(*ffn, sorted, ready, between, buffer, team);
+        ffn_hidden(*ffn, sorted, ready, between, buffer, team, thread);
         team.barrier();
         ffn_down(*ffn, sorted, between, y, outputs, false, team, thread);
     });

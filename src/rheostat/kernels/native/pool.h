@@ -37,20 +37,12 @@ struct Team {
     int size = 1;
     alignas(64) std::atomic<int> arrived{0};
     alignas(64) std::atomic<int> phase{0};
-    alignas(64) std::atomic<int> taken{0};
-
-    // The next unit of the work since the last barrier: a thread that was put aside holds up nobody for longer than a unit.
-    int take() { return taken.fetch_add(1, std::memory_order_relaxed); }
 
     void barrier() {
-        if (size == 1) {
-            taken.store(0, std::memory_order_relaxed);
-            return;
-        }
+        if (size == 1) return;
         int now = phase.load(std::memory_order_relaxed);
         if (arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
             arrived.store(0, std::memory_order_relaxed);
-            taken.store(0, std::memory_order_relaxed);
             phase.store(now + 1, std::memory_order_release);
             return;
         }
@@ -77,7 +69,6 @@ public:
         grow(num_threads - 1);
         int size = 1 + (int)workers_.size() < num_threads ? 1 + (int)workers_.size() : num_threads;
         team_.size = size;
-        team_.taken.store(0, std::memory_order_relaxed);
         work_ = work;
         context_ = context;
         left_.store((int)workers_.size(), std::memory_order_relaxed);
