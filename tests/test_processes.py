@@ -54,8 +54,10 @@ def test_each_process_has_its_own_gpu(monkeypatch):
 
 
 AVERAGE = """
+import atexit
 import torch
 from rheostat import processes
+atexit.register(lambda: print("left", not torch.distributed.is_initialized(), flush=True))  # runs after what came later
 processes.join(cpu=True)
 mine, shared, nobody = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
 shared.grad = torch.full((2,), 1.0 + 2 * processes.rank())
@@ -75,6 +77,7 @@ def test_gradients_are_averaged(tmp_path: Path):
     done = launch(2, tmp_path / "average.py")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("averaged") == 2
+    assert done.stdout.count("left True") == 2
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ Ranks, process groups and barriers are accelerate's and PyTorch's; here is only 
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ class Ranks:
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" and self.count > 1 else name
 
     def close(self) -> None:
-        """Leave the group, at the end of the program."""
+        """Leave the group, at the end of the program; the second time nothing happens."""
         if self.count > 1:
             from accelerate import PartialState
 
@@ -80,7 +81,9 @@ def join(*, cpu: bool | None = None) -> Ranks:
     from accelerate.utils import parse_flag_from_env
 
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") if cpu is None else cpu, timeout=LONG)
-    return Ranks(state.process_index, state.num_processes)
+    ranks = Ranks(state.process_index, state.num_processes)
+    atexit.register(ranks.close)  # a group that is still there when the interpreter is torn down can abort the process
+    return ranks
 
 
 def wait() -> None:
