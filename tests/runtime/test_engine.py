@@ -11,8 +11,9 @@ import torch
 from rheostat.adapted import Adapted
 from rheostat.errors import SettingError
 from rheostat.kernels import library
+from rheostat.runtime.batch import Batch
 from rheostat.runtime.building import Unsupported
-from rheostat.runtime.engine import Batch, Runtime
+from rheostat.runtime.engine import Runtime
 from tests.tiny import tiny_adapted, tiny_model, tiny_windows
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2, "int8": 8e-2, "int4": 0.6}
@@ -67,7 +68,7 @@ def test_the_twin_without_native_code(monkeypatch):
     native = logits_of(adapted, "int8")
     if library() is None:
         pytest.skip("there is no native code here")
-    monkeypatch.setattr("rheostat.runtime.engine.library", lambda: None)
+    monkeypatch.setattr("rheostat.runtime.forms.library", lambda: None)
     plain = logits_of(adapted, "int8")
     assert float((plain - native).norm() / native.norm()) < TOLERANCE["int8"]  # ours rounds activations too
     monkeypatch.setattr("rheostat.adapted.library", lambda: None)
