@@ -57,8 +57,20 @@ def test_rows_are_selected_in_the_order_asked_for():
     body = Body(-2, 4, 2)
     body.put([0, 1, 2], 3, 0, states(3, 4))
     seen = body.read(8)
-    body.select([2, 0, 0])
+    body.select([2, 0, 0], 4)
     assert torch.equal(body.read(8), seen[[2, 0, 0]])
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_what_only_longer_rows_held_is_let_go(axis):
+    body = Body(axis, GROUP[axis], 2)
+    body.put([0, 1], 2, 0, states(2, 8))
+    body.put([1], 2, 8, states(1, 8, seed=1))
+    seen = body.read(8)
+    body.select([0], 8)
+    assert torch.equal(body.read(8), seen[:1, :, :8])
+    body.select([0], 0)
+    assert body.num_bytes == 0
 
 
 def test_an_empty_body_has_no_bytes():

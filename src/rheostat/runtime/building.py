@@ -115,8 +115,7 @@ def _ffn(model: Any, layer: Any, hooks: frozenset[int]) -> FFNWeights:
     else:
         host = mlp
         plain = families.plain_mlp(model, layer)
-        gate, up = plain.gate_up(0, plain.ffn_size)
-        down = plain.down.weight
+        gate, up, down = (one.detach() for one in (*plain.gate_up(0, plain.ffn_size), plain.down.weight))
         found = FFNWeights(gate=gate, up=up, downs=(down,), down_biases=(None,), sizes=(plain.ffn_size,))
     _check_own(host, hooks)
     for linear in host.children():
