@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rheostat.caches.counting import saved_bytes
 from rheostat.geometry import Geometry
@@ -116,9 +115,11 @@ class Runtime:
                 self._draft = weights, None if code is None else NativeDecoder(code, weights)
         return self._draft or self._decoder()
 
-    def prepare(self, *, draft: bool = False) -> None:
-        """Make the forms of the weights now, so that no answer's clock has it in it; the draft's where it is wanted."""
-        self._decoder()
+    def prepare(self, *, decode: bool = True, draft: bool = False) -> None:
+        """Make the forms of the weights now, so that no answer's clock has it in it: the draft's where it is wanted,
+        the one for decoding unless it can wait."""
+        if decode:
+            self._decoder()
         _ = self.prefill_weights
         if draft:
             self._drafter()
@@ -429,6 +430,8 @@ def keys_and_values(cache: Any, num_tokens: int) -> list[tuple[torch.Tensor, tor
     Raises:
         Unsupported: it holds something else.
     """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
     pairs = []
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
