@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-import mmap
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from rheostat.errors import bad_setting
+from rheostat.kernels.memory import aligned_bytes
 
 LANES, CELL = 16, 64
 """Outputs side by side in a panel; inputs in a cell."""
@@ -38,8 +37,6 @@ SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.82)
 
 CHUNK = 4096
 """Outputs packed at a time, which bounds the memory that packing takes."""
-
-HUGE_PAGE = 2 << 20
 
 
 class CMatrix(ctypes.Structure):
@@ -192,23 +189,6 @@ def cell_bytes(format: str, group: int) -> int:
     if format in FLOATS:
         return LANES * CELL * FLOATS[format].itemsize
     return LANES * CELL if format == "int8" else CELL // group * (4 * LANES + 8 * group)
-
-
-def aligned_bytes(num_bytes: int) -> torch.Tensor:
-    """Fresh memory, uint8. A large piece begins at a huge page and asks for those: fewer misses of the page table."""
-    if num_bytes < HUGE_PAGE:
-        return torch.empty(num_bytes, dtype=torch.uint8)
-    whole = torch.empty(num_bytes + HUGE_PAGE, dtype=torch.uint8)
-    skip = -whole.data_ptr() % HUGE_PAGE
-    part = whole[skip : skip + num_bytes]
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is not None:  # only advice: an answer of "no" costs nothing
-        _libc().madvise(ctypes.c_void_p(part.data_ptr()), ctypes.c_size_t(num_bytes), advice)
-    return part
-
-
-def _libc() -> Any:
-    return ctypes.CDLL(None)
 
 
 def _from_lanes(values: torch.Tensor) -> torch.Tensor:

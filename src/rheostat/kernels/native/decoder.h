@@ -7,6 +7,8 @@
 #include "ffn.h"
 #include "verify.h"
 
+constexpr int kOwnPieces = 64;  // tokens times pieces of each, up to which every thread joins them all
+
 struct Router {
     Matrix inner;             // [U, D]
     const float* inner_bias;  // [U]
@@ -58,7 +60,7 @@ struct Common {
 
 // What each thread keeps to itself.
 struct Private {
-    std::vector<float> normed, key, queries, buffer, routed;
+    std::vector<float> normed, key, queries, attended, buffer, routed;
     std::vector<int> chosen;
     BodyRoom body;
     Order order;
@@ -220,9 +222,12 @@ private:
     void put_out(const Layer& layer) {
         const Attention& a = d_.attention;
         const int width = a.num_heads * a.head_dim;
-        float* attended = c_.attended.data();
-        join_new(a, s_.tokens, c_.pieces.data(), attended, team_, thread_);
-        team_.barrier();
+        // A few pieces are joined by each thread for itself, which is cheaper than to meet once more.
+        const bool is_shared = (int64_t)s_.tokens.total() * s_.tokens.most_pieces() > kOwnPieces;
+        float* attended = is_shared ? c_.attended.data() : room(p_.attended, (size_t)s_.num_rows * width);
+        Team alone;
+        join_new(a, s_.tokens, c_.pieces.data(), attended, is_shared ? team_ : alone, is_shared ? thread_ : 0);
+        if (is_shared) team_.barrier();
         p_.input.reserve(layer.o.format, s_.num_rows, width);
         for (int r = 0; r < s_.num_rows; r++) p_.input.set_row(layer.o.format, r, attended + (int64_t)r * width, width);
         multiply(layer.o, p_.input, s_.num_rows, 0, layer.o.rows, layer.o_bias, s_.hidden, d_.hidden_size, true, team_, thread_);
@@ -288,9 +293,9 @@ static void take_step(const Decoder& d, const Step& s, int num_threads) {
         ffn = std::max(ffn, layer.ffn.size());
     }
     const int64_t pieces = (int64_t)s.num_rows * a.num_kv_heads * s.tokens.most_pieces();
-    room(common.attended, (size_t)s.num_rows * a.num_heads * a.head_dim);
     room(common.qkv, (size_t)s.num_rows * qkv);
     room(common.scores, (size_t)s.num_rows * routed);
+    room(common.attended, (size_t)s.num_rows * a.num_heads * a.head_dim);
     room(common.pieces, (size_t)pieces * piece_floats(group, a.head_dim));
     // Widths may differ by layer, formats may not: room for the widest, rows as far apart.
     for (int i = 0; i < d.num_layers; i++) common.hidden.reserve(d.layers[i].ffn.downs[0].format, s.num_rows, ffn);
