@@ -9,6 +9,8 @@
 
 constexpr int kOwnPieces = 64;  // tokens times pieces of each, up to which every thread joins them all
 
+constexpr int64_t kAhead = 256 << 10;  // bytes that a thread fetches while it waits: a part of its cache
+
 struct Router {
     Matrix inner;             // [U, D]
     const float* inner_bias;  // [U]
@@ -133,16 +135,16 @@ public:
         for (int i = 0; i < d_.num_layers; i++) {
             const Layer& layer = d_.layers[i];
             project(layer);
-            team_.barrier();
+            team_.barrier(share_of(layer.o));
             attend_share(layer, i);
-            team_.barrier();
+            team_.barrier(share_of(layer.o));
             put_out(layer);
-            team_.barrier();
+            team_.barrier(s_.settings ? Ahead{} : share_of(layer.ffn.gate));
             choose(layer, i);
             ffn_hidden(layer.ffn, p_.order, p_.input, c_.hidden, p_.buffer, team_, thread_);
-            team_.barrier();
+            team_.barrier(share_of(layer.ffn.downs[layer.ffn.place(p_.order.experts[0])]));
             ffn_down(layer.ffn, p_.order, c_.hidden, s_.hidden, d_.hidden_size, true, team_, thread_);
-            team_.barrier();
+            team_.barrier(i + 1 < d_.num_layers ? projection_of(d_.layers[i + 1]) : share_of(d_.head));
         }
         norm(d_.final_norm);
         fill(d_.head.format);
@@ -150,6 +152,23 @@ public:
     }
 
 private:
+    // The beginning of this thread's share of a matrix.
+    Ahead share_of(const Matrix& m) const {
+        Share share(m.panels(), thread_, team_.size);
+        return {m.data + share.begin * m.panel_bytes, std::min(kAhead, (share.end - share.begin) * m.panel_bytes)};
+    }
+
+    // And of a layer's projections of queries, keys and values, one after the other.
+    Ahead projection_of(const Layer& layer) const {
+        Share share(layer.q.panels() + layer.k.panels() + layer.v.panels(), thread_, team_.size);
+        int first = share.begin;
+        for (const Matrix* m : {&layer.q, &layer.k, &layer.v}) {
+            if (first < m->panels()) return {m->data + first * m->panel_bytes, std::min(kAhead, (m->panels() - first) * m->panel_bytes)};
+            first -= m->panels();
+        }
+        return {};
+    }
+
     // Normalised residual stream, whole, for this thread.
     void norm(const float* weight) {
         float* to = room(p_.normed, (size_t)s_.num_rows * d_.hidden_size);
