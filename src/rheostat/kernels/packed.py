@@ -159,8 +159,10 @@ def pack(weight: torch.Tensor, format: str, group: int = 32) -> PackedMatrix:
     scales = torch.zeros(panels * LANES) if format == "int8" else None
     for start in range(0, num_rows, CHUNK):
         rows = weight[start : start + CHUNK].detach().cpu()
-        padded = torch.zeros(-(-len(rows) // LANES) * LANES, cells * CELL, dtype=rows.dtype)
-        padded[: len(rows), :num_cols] = rows
+        padded = rows.contiguous()
+        if len(rows) % LANES or num_cols % CELL:
+            padded = torch.zeros(-(-len(rows) // LANES) * LANES, cells * CELL, dtype=rows.dtype)
+            padded[: len(rows), :num_cols] = rows
         part = data[start // LANES : start // LANES + len(padded) // LANES]
         if format in FLOATS:
             _pack_floats(padded, format, part)
@@ -205,8 +207,11 @@ def _pack_floats(weight: torch.Tensor, format: str, out: torch.Tensor) -> None:
     values = weight.to(FLOATS[format])
     if not bool(values.isfinite().all()):
         raise bad_setting("format", format, "one whose range holds all weights (or the weights are not finite)")
-    lanes = _to_lanes(values, 2 if format == "bf16" else 1)
-    out.view(FLOATS[format]).view(lanes.shape).copy_(lanes)
+    if format == "bf16":
+        _copy_fours(values, out)
+    else:
+        lanes = _to_lanes(values, 1)
+        out.view(FLOATS[format]).view(lanes.shape).copy_(lanes)
 
 
 def _pack_int8(weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -214,9 +219,14 @@ def _pack_int8(weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     scale = weight.abs().amax(1) / 127
     _check_finite(scale, "int8")
     codes = (weight / torch.where(scale > 0, scale, 1)[:, None]).round_().clamp_(-127, 127).add_(BYTE_BIAS)
-    lanes = _to_lanes(codes.to(torch.uint8), 4)
-    out.view(lanes.shape).copy_(lanes)
+    _copy_fours(codes.to(torch.uint8), out)
     return scale
+
+
+def _copy_fours(values: torch.Tensor, out: torch.Tensor) -> None:
+    """A pair of bfloat16, or a quad of bytes, is copied as one number: several times as fast."""
+    lanes = _to_lanes(values.view(torch.int32), 1)
+    out.view(torch.int32).view(lanes.shape).copy_(lanes)
 
 
 def _pack_int4(weight: torch.Tensor, group: int, out: torch.Tensor) -> None:
