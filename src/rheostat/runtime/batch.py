@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rheostat.meter import Meter
 from rheostat.runtime import plain
@@ -188,6 +187,8 @@ def keys_and_values(cache: Any, num_tokens: int) -> list[tuple[torch.Tensor, tor
     Raises:
         Unsupported: it holds something else.
     """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
     pairs = []
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import pad
-from transformers import Cache, PreTrainedModel
 
 from rheostat.caches.rewinding import roll_right
 from rheostat.cost import rows_decode_cost
@@ -26,6 +26,9 @@ from rheostat.speculate.drafter import Draft, Drafter, Host, State, no_draft
 from rheostat.speculate.pacing import Pace
 from rheostat.speculate.stock import StockHost
 from rheostat.spending import current_spending, in_phase
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
 
 
 @dataclass(frozen=True)
