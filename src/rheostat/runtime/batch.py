@@ -139,15 +139,17 @@ class Batch:
         Returns:
             Logits [N, V], valid until the next call, and the experts [L, N] that were taken, if any were chosen.
         """
-        number = torch.tensor(counts)
-        ends = number.cumsum(0)
-        firsts = (self.positions - (ends - number)).repeat_interleave(number)
-        given = None if settings is None else settings.repeat_interleave(number)
-        positions = firsts + torch.arange(len(token_ids))
+        number: torch.Tensor | int = 1
+        positions, given, asked = self.positions, settings, None
+        if any(count != 1 for count in counts):  # a draft's own steps, one token a row, are spared this
+            number, asked = torch.tensor(counts), counts
+            firsts = (self.positions - (number.cumsum(0) - number)).repeat_interleave(number)
+            given = None if settings is None else settings.repeat_interleave(number)
+            positions = firsts + torch.arange(len(token_ids))
         if len(self._room) < len(token_ids):  # kept: fresh memory of this size costs milliseconds on some machines
             self._room = torch.empty(len(token_ids), self.runtime.weights.vocab_size)
         out = self._room[: len(token_ids)]
-        logits, experts = self.runtime.step(token_ids, positions, self.cache, given, counts, is_draft=is_draft, out=out)
+        logits, experts = self.runtime.step(token_ids, positions, self.cache, given, asked, is_draft=is_draft, out=out)
         self.positions += number
         return logits, experts
 
