@@ -32,6 +32,10 @@ from rheostat import report
 DIALS = (1.0, 0.9, 0.8, 0.7)
 TOKENS = (8, 48)
 
+PAGES = ("--cb-num-blocks", "64", "--cb-max-batch-tokens", "512")
+"""Of 256 tokens, enough for 32 of our chats, and as many prompt tokens a step as ours. By itself `transformers serve` takes
+most of the machine's memory, and is killed for it on a machine that others use too."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -64,7 +68,7 @@ def sides(args: argparse.Namespace) -> dict[str, tuple[Side, int]]:
         elif kind in ("transformers", "continuous"):
             program = os.path.join(os.path.dirname(sys.executable), "transformers")
             command = [program, "serve", "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
-            command += ["--continuous-batching"] if kind == "continuous" else []
+            command += ["--continuous-batching", *PAGES] if kind == "continuous" else []
             side = Side(command, args.dense)
         elif kind == "llama.cpp":
             command = [sys.executable, "-m", "llama_cpp.server", "--model", args.gguf, "--port", str(port)]
