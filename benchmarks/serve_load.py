@@ -33,8 +33,8 @@ DIALS = (1.0, 0.9, 0.8, 0.7)
 TOKENS = (8, 48)
 
 PAGES = ("--cb-num-blocks", "64", "--cb-max-batch-tokens", "512")
-"""Of 256 tokens, enough for 32 of our chats, and as many prompt tokens a step as ours. By itself `transformers serve` takes
-most of the machine's memory, and is killed for it on a machine that others use too."""
+"""Of 256 tokens, enough for 32 of our chats, and as many prompt tokens a step as ours. Left to itself it takes most of
+the machine's memory, and is killed for it where others need some too."""
 
 
 @dataclass(frozen=True)
