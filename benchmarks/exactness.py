@@ -25,7 +25,8 @@ import rheostat
 from rheostat.adapted import Adapted
 from rheostat.caches.counting import body_length
 from rheostat.provenance import provenance
-from rheostat.runtime.engine import Batch, Runtime
+from rheostat.runtime.batch import Batch
+from rheostat.runtime.engine import Runtime
 from rheostat.runtime.speculating import NativeHost
 from rheostat.runtime.weights import CacheForm, DraftForm
 from rheostat.sampling import most_likely

@@ -13,7 +13,7 @@ from rheostat.decode import stream
 from rheostat.methods import Chain, DynaMoE
 from rheostat.methods.kv_prediction import KVPrediction
 from rheostat.runtime.ahead import Pieces
-from rheostat.runtime.engine import Batch
+from rheostat.runtime.batch import Batch
 from rheostat.runtime.prefill import Prompt
 from rheostat.spending import spend
 from tests.methods.kv_prediction.given import given
@@ -140,7 +140,7 @@ def test_other_formats_are_near_and_their_bytes_are_counted(format):
     assert 0 < float((near.logits - exact.logits).norm() / exact.logits.norm()) < 0.15
     held, maps = runtime.nbytes["prefill"], runtime.ahead.layers[1]
     itemsize = runtime.maps(1).squeeze.element_size()
-    runtime._maps.clear()
+    runtime.forms._maps.clear()
     shared = maps.squeeze.numel() if itemsize == 4 else 0
     assert held - runtime.nbytes["prefill"] == itemsize * (maps.num_weights - shared)
 
@@ -150,7 +150,7 @@ def test_without_native_code(monkeypatch):
     adapted, settings = given(), {"kv_prediction": torch.full((3,), 2.0)}
     native = Batch.read(adapted.runtime("native"), IDS, MASK, settings).logits
     adapted._runtimes.clear()
-    monkeypatch.setattr("rheostat.runtime.engine.library", lambda: None)
+    monkeypatch.setattr("rheostat.runtime.forms.library", lambda: None)
     torch.testing.assert_close(Batch.read(adapted.runtime("native"), IDS, MASK, settings).logits, native)
 
 

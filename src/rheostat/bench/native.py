@@ -12,7 +12,8 @@ import torch
 from rheostat.adapted import Adapted
 from rheostat.bench.sides import Side, SideSpec, Spent
 from rheostat.cost import Cost, Parts
-from rheostat.runtime.engine import Batch, Runtime
+from rheostat.runtime.batch import Batch
+from rheostat.runtime.engine import Runtime
 from rheostat.runtime.packing import check_format, prefill_dtype
 from rheostat.runtime.weights import DecoderWeights, Matrix
 from rheostat.sampling import most_likely
