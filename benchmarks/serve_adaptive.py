@@ -4,10 +4,11 @@ Measures how many requests a second the server sustains at full compute (closed 
 random times, whether or not the earlier ones are answered, to a server with a fixed dial, to one that may lower it,
 and to both with a bound on the wait in the queue.
 
-    python benchmarks/serve_adaptive.py run smol-dial --out adaptive.jsonl --cells fixed@1.5,adaptive@1.5,adaptive@2
+    python benchmarks/serve_adaptive.py run smol-dial --out adaptive.jsonl --cells fixed@1.5,adaptive:0.7@1.5
     python benchmarks/serve_adaptive.py show adaptive.jsonl --report smol-dial/report --picture adaptive.png
 
-`run` writes one line a cell (a server and a load) and goes on where it was stopped. Where a quiet machine is scarce,
+A cell is a server, the least `compute` that its requests allow, and the load as a multiple of what is sustained.
+`run` writes one line a cell and goes on where it was stopped. Where a quiet machine is scarce,
 `up` (with the same settings) starts the servers beforehand, and `run --up` finds them.
 
 A request that has no first token when the arrivals end counts with the time that it has waited until then, so that
@@ -43,11 +44,13 @@ MIXES: dict[str, dict[str, Any]] = {
 }
 COMMON = ("--queue", "100000", "--rows", "32", "--dtype", "bfloat16", "--weights", "int8")
 THIRDS = 3
-USAGE = {"include_usage": True}
 
 
-async def open_loop(base: str, requests: Sequence[Request], rate: float, seconds: float) -> list[Answer]:
-    """Requests at random times, `rate` a second; those not done by the end are cut off with status -1."""
+async def open_loop(
+    base: str, requests: Sequence[Request], rate: float, seconds: float, least: float | None
+) -> list[Answer]:
+    """Requests at random times, `rate` a second, which allow `compute` to fall to `least`; those not done by the end
+    are cut off with status -1."""
     draw, tasks, arrivals, partly = random.Random(1), [], [], []
     loop_start = time.perf_counter()
     async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as client:
@@ -57,7 +60,8 @@ async def open_loop(base: str, requests: Sequence[Request], rate: float, seconds
                 break
             await asyncio.sleep(max(0.0, loop_start + arrivals[-1] - time.perf_counter()))
             partly.append(Answer(-1))
-            asked = serving.ask(client, base, "dial", one, {"stream_options": USAGE}, partly[-1])
+            fields = {"stream_options": {"include_usage": True}} | ({} if least is None else {"compute_min": least})
+            asked = serving.ask(client, base, "dial", one, fields, partly[-1])
             tasks.append(asyncio.create_task(asked))
         await asyncio.sleep(max(0.0, loop_start + seconds - time.perf_counter()))
         found = []
@@ -106,10 +110,10 @@ def ratio_at(points: Sequence[dict[str, float]], compute: float) -> float:
 
 def commands(args: argparse.Namespace) -> dict[str, tuple[list[str], int]]:
     """Name -> the command of a server, and its port."""
-    lowers = ("--adaptive", "--adaptive-target", str(args.target), "--compute-min", str(args.compute_min))
+    lowers = ("--adaptive", "--adaptive-target", str(args.target))
     sheds = ("--queue-seconds", str(args.wait))
     modes = {"fixed": (), "adaptive": lowers, "fixed+bound": sheds, "adaptive+bound": lowers + sheds}
-    asked = {cell.partition("@")[0] for cell in args.cells.split(",")} | {"fixed"}
+    asked = {parts(cell)[0] for cell in args.cells.split(",")} | {"fixed"}
     found = {}
     for name in modes:
         if name in asked:
@@ -150,14 +154,21 @@ def run(args: argparse.Namespace) -> None:
             rate = sustained(bases["fixed"], args)
             add(args, {"cell": "sustained", "sustained_per_second": rate})
         for cell in args.cells.split(","):
-            name, _, factor = cell.partition("@")
+            name, least, factor = parts(cell)
             if any((row["mix"], row["cell"]) == (args.mix, cell) for row in rows):
                 continue
-            load = float(factor) * rate
+            load = factor * rate
             requests = plan(int(2 * load * args.seconds) + 50, 3, args)
-            answers = asyncio.run(open_loop(bases[name], requests, load, args.seconds))
+            answers = asyncio.run(open_loop(bases[name], requests, load, args.seconds, least))
             found = {"cell": cell, "sustained_per_second": rate, "load_per_second": load, "seconds": args.seconds}
             add(args, found | summary(answers, args.seconds))
+
+
+def parts(cell: str) -> tuple[str, float | None, float]:
+    """Server, least `compute` and load of a cell: adaptive:0.7@1.5."""
+    server, _, load = cell.partition("@")
+    name, _, least = server.partition(":")
+    return name, float(least) if least else None, float(load)
 
 
 def plan(number: int, seed: int, args: argparse.Namespace) -> list[Request]:
@@ -222,9 +233,8 @@ def main() -> None:
     for verb in (run, up):
         one = verbs.add_parser(verb.__name__)
         one.add_argument("model", help="an artifact with a dial")
-        one.add_argument("--cells", default="fixed@2,adaptive@2,fixed+bound@2,adaptive+bound@2", help="server@load")
+        one.add_argument("--cells", default="fixed@1.5,adaptive:0.6@1.5", help="server[:least compute]@load, ...")
         one.add_argument("--mix", default="chats", choices=sorted(MIXES))
-        one.add_argument("--compute-min", type=float, default=0.6)
         one.add_argument("--seconds", type=float, default=30.0, help="of arrivals, for each cell")
         one.add_argument("--wait", type=float, default=2.0, help="bound on the wait in the queue, where there is one")
         one.add_argument("--target", type=float, default=0.3, help="wait at which the dial is lowered")

@@ -53,9 +53,11 @@ def draw_adaptive(rows: Sequence[dict[str, Any]], path: Path) -> None:
             points = [(at, seconds) for at, seconds, found in row["points"] if found == status]
             if points:
                 axes.scatter(*zip(*points, strict=True), s=6, color=colour, label=label)
-        name, _, factor = row["cell"].partition("@")
+        server, _, factor = row["cell"].partition("@")
+        name, _, least = server.partition(":")
+        reach = f", down to {least}" if least else ""
         told = f"{row['answers_per_second']:.1f} answers/s, {row['refused']} refused, compute {row['spent']:.2f}"
-        axes.set_title(f"{row['mix']}, {factor} times the load: {SERVERS[name]}\n{told}", fontsize=7.5)
+        axes.set_title(f"{row['mix']}, {factor} times the load: {SERVERS[name]}{reach}\n{told}", fontsize=7.5)
         is_left, is_low = place % columns == 0, place + columns >= len(rows)
         _dress(axes, "came at, s" if is_low else "", "time to first token, s" if is_left else "")
     grid[0, 0].legend(fontsize=7, frameon=False)
