@@ -80,6 +80,9 @@ def read_ahead(
     """
     cache.reserve(max(prompt.ends))
     h = embed(weights, prompt)
+    if maps.reader is not None:
+        chosen: list[torch.Tensor] | None = maps.reader(h, prompt, ~pieces.is_late, cache, settings, rope)
+        return h[pieces.is_late], chosen
     features: list[torch.Tensor] = []
     experts: list[torch.Tensor] = []
     for start, stop in pairwise([*sorted({0, *maps.reads, maps.depth}), maps.depth]):

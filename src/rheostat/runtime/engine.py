@@ -194,10 +194,12 @@ class Runtime:
     def maps(self, depth: int) -> PredictedLayers:
         """What predicts the layers from `depth` on, in the dtype that prompts are read in."""
         assert self.ahead is not None
-        dtype = packing.prefill_dtype(self.format)
+        reader = self.prefill_weights.reader
         with self._lock:
-            if depth not in self._maps:
-                self._maps[depth] = packing.ahead_form(self.ahead.layers[depth], dtype)
+            if depth not in self._maps and reader is not None:
+                self._maps[depth] = packing.native_ahead_form(self.ahead.layers[depth], reader)
+            elif depth not in self._maps:
+                self._maps[depth] = packing.ahead_form(self.ahead.layers[depth], packing.prefill_dtype(self.format))
             return self._maps[depth]
 
     def depths(self, settings: Settings, num_rows: int) -> dict[int | None, list[int]]:

@@ -6,6 +6,7 @@ model's own parameters; `packing` replaces the large ones by matrices of another
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -184,11 +185,13 @@ class PredictedLayers:
     """[2 K d] of each layer, or of all."""
     firsts: tuple[torch.Tensor, ...]
     """[2 K d] of each layer, or of all: what a text's first token has instead."""
+    reader: Any = None
+    """Reads prompts ahead natively (`kernels.NativeAhead`), with the same matrices; None: plain PyTorch does."""
 
     @property
     def num_weights(self) -> int:
         """Weights multiplied for one token."""
-        return sum(one.numel() for one in self.matrices)
+        return sum(math.prod(one.shape) for one in self.matrices)
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
