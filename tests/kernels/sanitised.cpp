@@ -140,13 +140,14 @@ static void prompts(int threads) {
 // The first layer read, the second predicted.
 static void ahead_of(const Decoder& decoder, Reading reading, int threads) {
     const int tokens = reading.num_tokens, d = decoder.hidden_size, outputs = 2 * decoder.attention.num_kv_heads * decoder.attention.head_dim;
-    const int32_t reads[] = {0, 1};
-    Packed squeeze(kBFloat16, 0, 13, 2 * d), narrow(kBFloat16, 0, outputs, 13), wide(kBFloat16, 0, outputs, d);
+    const int32_t reads[] = {0, 1, 1}, columns[] = {1, 0, 2}, is_other[] = {0, 1, 0};
+    Packed squeeze(kBFloat16, 0, 13, 3 * d), narrow(kBFloat16, 0, outputs, 13), wide(kBFloat16, 0, outputs, d);
     Floats bias(outputs), firsts(outputs);
-    std::unique_ptr<int32_t[]> early(new int32_t[tokens]);
-    for (int n = 0; n < tokens; n++) early[n] = draw() % 4 > 0;
+    std::unique_ptr<int32_t[]> early(new int32_t[tokens]), others(new int32_t[tokens]);
+    for (int n = 0; n < tokens; n++) early[n] = draw() % 4 > 0, others[n] = n ? n - 1 : 0;
     reading.last_layer = 1;
-    const Ahead two = {reads, early.get(), bias, firsts, squeeze.m, narrow.m, 2, 1}, one = {reads + 1, early.get(), bias, firsts, {}, wide.m, 1, 0};
+    const Ahead two = {reads, columns, is_other, others.get(), early.get(), bias, firsts, squeeze.m, narrow.m, 3, 1};
+    const Ahead one = {reads + 1, columns + 1, is_other + 1, others.get(), early.get(), bias, firsts, {}, wide.m, 1, 0};
     rheostat_read_ahead(&decoder, &reading, &two, threads);
     rheostat_read_ahead(&decoder, &reading, &one, threads);
 }

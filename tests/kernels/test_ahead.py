@@ -27,14 +27,17 @@ MASK = torch.tensor([[0] * (70 - n) + [1] * n for n in LENGTHS])
 IDS = torch.randint(3, VOCAB, (3, 70), generator=torch.Generator().manual_seed(5)) * MASK
 
 
-def drawn(weights: DecoderWeights, depth: int, reads: tuple[int, ...], rank: int) -> PredictedLayers:
+def drawn(
+    weights: DecoderWeights, depth: int, reads: tuple[int, ...], rank: int, previous: tuple[int, ...] = (0, 1)
+) -> PredictedLayers:
     """Maps with random weights."""
     draw = torch.Generator().manual_seed(3)
-    inputs, outputs = len(reads) * weights.hidden_size, 2 * weights.num_kv_heads * weights.head_dim
+    inputs, outputs = (len(reads) + len(previous)) * weights.hidden_size, 2 * weights.num_kv_heads * weights.head_dim
     sizes = [outputs] * (len(weights.layers) - depth)
     return PredictedLayers(
         depth=depth,
         reads=reads,
+        previous=previous,
         squeeze=torch.randn(rank, inputs, generator=draw) / inputs**0.5 if rank else None,
         maps=tuple(torch.randn(n, rank or inputs, generator=draw) / (rank or inputs) ** 0.5 for n in sizes),
         biases=tuple(torch.randn(n, generator=draw) for n in sizes),
@@ -72,10 +75,12 @@ def compare(ours, theirs, tolerance=0.01):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3", "phi3"])
-@pytest.mark.parametrize(("depth", "reads", "rank"), [(2, (0, 1, 2), 24), (1, (1,), 0), (3, (0, 2), 7)])
-def test_maps_of_each_family(family, depth, reads, rank):
+@pytest.mark.parametrize(
+    ("depth", "reads", "rank", "previous"), [(2, (0, 1, 2), 24, (0, 2)), (1, (1,), 0, ()), (3, (0, 2), 7, (1,))]
+)
+def test_maps_of_each_family(family, depth, reads, rank, previous):
     weights = build(tiny_model(family, layers=4))
-    compare(*both(weights, drawn(weights, depth, reads, rank)))
+    compare(*both(weights, drawn(weights, depth, reads, rank, previous)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -112,7 +117,6 @@ def test_maps_of_another_decoder_are_refused():
     native = packing.native_prefill_form(weights, kernels.library())
     maps = drawn(weights, 2, (0, 2), 16)
     wrong = [
-        replace(maps, reads=(2, 0)),
         replace(maps, reads=(0, 3)),
         replace(maps, depth=4),
         replace(maps, reads=(0, 1, 2)),

@@ -12,7 +12,7 @@ from rheostat.calibration import calibrate
 from rheostat.decode import stream
 from rheostat.methods import Chain, DynaMoE
 from rheostat.methods.kv_prediction import KVPrediction
-from rheostat.runtime.ahead import Pieces
+from rheostat.runtime.ahead import Pieces, before
 from rheostat.runtime.engine import Batch
 from rheostat.runtime.prefill import Prompt
 from rheostat.spending import spend
@@ -169,3 +169,10 @@ def test_pieces():
     early, late = pieces.split([prompt.token_ids])
     assert torch.equal(early[0], pieces.early.token_ids)
     assert torch.equal(late[0], pieces.late.token_ids)
+
+
+def test_the_token_before():
+    prompt = Prompt.of(IDS, MASK, rows=[4, 0, 2], pasts=[0, 7, 0])
+    first = [0, 1, *range(1, 19)]  # itself, and itself after a text's first token
+    second = [20, *range(20, 32)]  # itself where the one before was read in an earlier pass
+    assert before(prompt).tolist() == [*first, *second, 33]

@@ -33,14 +33,17 @@ class NativeAhead:
         self.squeeze = None if maps.squeeze is None else pack(maps.squeeze, "bf16")
         self.maps = pack(torch.cat(list(maps.maps)), "bf16")
         bias, firsts = (torch.cat([one.detach().float() for one in part]) for part in (maps.biases, maps.firsts))
-        self._check(maps.reads, bias, firsts)
+        self._check(maps.reads, maps.previous, bias, firsts)
+        taps = sorted((layer, column) for column, layer in enumerate((*maps.reads, *maps.previous)))
         self._fixed = {
-            "reads": self._keep.array(ctypes.c_int32, maps.reads),
+            "reads": self._keep.array(ctypes.c_int32, [layer for layer, _ in taps]),
+            "columns": self._keep.array(ctypes.c_int32, [column for _, column in taps]),
+            "is_other": self._keep.array(ctypes.c_int32, [int(column >= len(maps.reads)) for _, column in taps]),
             "bias": self._keep.floats(bias),
             "firsts": self._keep.floats(firsts),
             "squeeze": CMatrix() if self.squeeze is None else self._keep.matrix(self.squeeze),
             "maps": self._keep.matrix(self.maps),
-            "num_reads": len(maps.reads),
+            "num_reads": len(taps),
             "has_squeeze": int(self.squeeze is not None),
         }
 
@@ -54,6 +57,7 @@ class NativeAhead:
         h: torch.Tensor,
         prompt: Any,
         is_early: torch.Tensor,
+        others: torch.Tensor,
         cache: Any,
         settings: torch.Tensor | None,
         rope: Any,
@@ -64,6 +68,7 @@ class NativeAhead:
             h: [N, D] float32, what enters the first layer; afterwards what enters the depth.
             prompt: a `rheostat.runtime.prefill.Prompt`.
             is_early: [N] bool, the tokens that are predicted.
+            others: [N], the place of the token before each (`rheostat.runtime.ahead.before`).
             cache, settings, rope: as for `NativeReader`.
 
         Returns:
@@ -73,22 +78,20 @@ class NativeAhead:
             SettingError: the tokens do not fit the cache or the decoder.
         """
         call = self._reader.prepare(range(self._depth), h, prompt, cache, settings, rope)
-        early = is_early.to(torch.int32)
-        ahead = structs.CAhead(is_early=early.data_ptr(), **self._fixed)
+        early, befores = is_early.to(torch.int32), others.to(torch.int32)
+        ahead = structs.CAhead(is_early=early.data_ptr(), others=befores.data_ptr(), **self._fixed)
         self._reader.library.rheostat_read_ahead(
             ctypes.byref(call.decoder), ctypes.byref(call.reading), ctypes.byref(ahead), torch.get_num_threads()
         )
         return call.chosen()
 
-    def _check(self, reads: tuple[int, ...], bias: torch.Tensor, firsts: torch.Tensor) -> None:
+    def _check(
+        self, reads: tuple[int, ...], previous: tuple[int, ...], bias: torch.Tensor, firsts: torch.Tensor
+    ) -> None:
         layers, width, outputs = self._reader.sizes
-        if (
-            not 1 <= self._depth < layers
-            or list(reads) != sorted({*reads})
-            or not 0 <= reads[0] <= reads[-1] <= self._depth
-        ):
-            raise bad_setting("reads", reads, f"rising layers up to the depth {self._depth} of {layers}")
-        wanted = ((layers - self._depth) * outputs, len(reads) * width)
+        if not 1 <= self._depth < layers or any(not 0 <= one <= self._depth for one in (*reads, *previous)):
+            raise bad_setting("reads", (reads, previous), f"layers up to the depth {self._depth} of {layers}")
+        wanted = ((layers - self._depth) * outputs, (len(reads) + len(previous)) * width)
         inputs = self.matrices[0].shape[1]
         joined = self.squeeze is None or self.squeeze.shape[0] == self.maps.shape[1]
         if (self.maps.shape[0], inputs) != wanted or not joined or not wanted[0] == len(bias) == len(firsts):

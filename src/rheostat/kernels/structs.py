@@ -177,6 +177,9 @@ class CAhead(ctypes.Structure):
 
     _fields_ = (
         ("reads", _pointer),
+        ("columns", _pointer),
+        ("is_other", _pointer),
+        ("others", _pointer),
         ("is_early", _pointer),
         ("bias", _pointer),
         ("firsts", _pointer),

@@ -175,7 +175,10 @@ class PredictedLayers:
 
     depth: int
     reads: tuple[int, ...]
-    """Layers, up to `depth`, whose normalised input [N, D] is read, side by side: X = their number times D."""
+    """Layers, up to `depth`, whose normalised input [N, D] is read, side by side."""
+    previous: tuple[int, ...] = ()
+    """Layers of which the input of the token before is read too, after those: X = the number of both times D. A token's
+    own is read where the one before is a text's first, or was read in an earlier pass."""
     squeeze: Matrix | None
     """[R, X], of all maps together; None where they read the X features themselves (R = X)."""
     maps: tuple[Matrix, ...]

@@ -9,6 +9,9 @@
 
 struct Ahead {
     const int32_t* reads;     // [num_reads], the layers whose input is read, rising; the last may be where reading stops
+    const int32_t* columns;   // [num_reads], where that goes among the features, in units of D
+    const int32_t* is_other;  // [num_reads], whether it is read of another token
+    const int32_t* others;    // [N], the token before each; itself where there is none to read
     const int32_t* is_early;  // [N], the tokens whose keys and values are predicted
     const float* bias;        // [outputs]
     const float* firsts;      // [outputs], what a text's first token has instead
@@ -35,9 +38,10 @@ public:
     void run() {
         const int after = (s_.last_layer - s_.first_layer) * kPhases;
         for (int i = s_.first_layer, place = 0; i <= s_.last_layer; i++) {
-            if (place < ahead_.num_reads && ahead_.reads[place] == i) {
+            for (; place < ahead_.num_reads && ahead_.reads[place] == i; place++) {
                 phase_ = after + place;
-                norm(d_.layers[i].input_norm, f_.features, place++ * d_.hidden_size);
+                const int32_t* others = ahead_.is_other[place] ? ahead_.others : nullptr;
+                norm(d_.layers[i].input_norm, f_.features, ahead_.columns[place] * d_.hidden_size, others);
             }
             if (i < s_.last_layer) run_layer(i);
         }

@@ -57,7 +57,7 @@ protected:
     void run_layer(int i) {
         const Layer& layer = d_.layers[i];
         phase_ = (i - s_.first_layer) * kPhases;
-        norm(layer.input_norm, c_.normed, 0);
+        norm(layer.input_norm, c_.normed);
         project(layer);
         prepare(layer, i);
         attend(layer);
@@ -85,12 +85,12 @@ protected:
         });
     }
 
-    // The residual stream, normalised, into channels of `to` from `first` on.
-    void norm(const float* weight, HalfRows& to, int first) {
+    // The residual stream, normalised, into channels of `to` from `first` on; of the tokens `others`, if given.
+    void norm(const float* weight, HalfRows& to, int first = 0, const int32_t* others = nullptr) {
         float* normed = room(p_.normed, d_.hidden_size);
         each_block(16, [&](int begin, int end) {
             for (int n = begin; n < end; n++) {
-                rms_norm(residual(n), weight, d_.hidden_size, d_.eps, normed);
+                rms_norm(residual(others ? others[n] : n), weight, d_.hidden_size, d_.eps, normed);
                 to.set(n, normed, d_.hidden_size, first);
             }
         });
@@ -219,7 +219,7 @@ protected:
     const Grouping& choose(const Layer& layer, int index) {
         const int count = s_.num_tokens;
         if (!s_.settings || !layer.router.width) {
-            norm(layer.post_norm, c_.normed, 0);
+            norm(layer.post_norm, c_.normed);
             p_.whole.set_all(count, layer.ffn.num_experts);
             return p_.whole;
         }
