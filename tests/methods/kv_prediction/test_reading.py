@@ -254,7 +254,7 @@ def test_outside_spend_and_at_full_compute_generate_is_the_hosts_own():
 
 
 def test_the_meter_bills_auxiliary_and_maps_and_knows_the_dense_cost():
-    adapted = given(rank=0, inputs=())
+    adapted = given(rank=0, inputs=(), previous=())
     geometry = adapted.geometry
     with spend(native={"kv_prediction": 2.0}) as meter:
         prefill(adapted, tiny_windows(1, 12))
