@@ -35,7 +35,8 @@ from rheostat.geometry import Geometry
 from rheostat.methods.base import positions
 from rheostat.provenance import provenance
 from rheostat.runtime import packing
-from rheostat.runtime.engine import Batch, Runtime
+from rheostat.runtime.batch import Batch
+from rheostat.runtime.engine import Runtime
 from rheostat.runtime.planes import PlaneCache
 from rheostat.runtime.speculating import NativeHost
 from rheostat.runtime.weights import CacheForm, DraftForm
@@ -172,7 +173,7 @@ def bound(side: str, stats: Any, reading: Reading, args: argparse.Namespace) -> 
         return {}
     runtime, cache = reading.batch.runtime, reading.batch.cache
     length = sum(stats.drafted) / stats.num_rounds
-    weights, drafts = (weight_bytes(one) for one in (runtime.decode_weights, runtime._drafter()[0]))
+    weights, drafts = (weight_bytes(form().weights) for form in (runtime.forms.decode, runtime.forms.draft))
     full = cache.used_bytes + args.new_tokens // 2 * cache.used_bytes // int(cache.lengths[0])
     sizes = {4: full, 8: full}
     if side.startswith("self"):

@@ -14,9 +14,10 @@ import torch
 
 from rheostat.adapted import Adapted
 from rheostat.errors import bad_setting
+from rheostat.runtime.batch import Batch, keys_and_values
 from rheostat.runtime.building import Unsupported
 from rheostat.runtime.choosing import refuse
-from rheostat.runtime.engine import Batch, Runtime, keys_and_values
+from rheostat.runtime.engine import Runtime
 from rheostat.sampling import Sampling, sample
 from rheostat.spending import Spending, current_spending
 

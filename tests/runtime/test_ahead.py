@@ -13,7 +13,7 @@ from rheostat.decode import stream
 from rheostat.methods import Chain, DynaMoE
 from rheostat.methods.kv_prediction import KVPrediction
 from rheostat.runtime.ahead import Pieces, before
-from rheostat.runtime.engine import Batch
+from rheostat.runtime.batch import Batch
 from rheostat.runtime.prefill import Prompt
 from rheostat.spending import spend
 from tests.methods.kv_prediction.given import given
@@ -142,7 +142,7 @@ def test_other_formats_are_near_and_their_bytes_are_counted(format):
     own = {one.nbytes: one for one in runtime.maps(1).matrices}
     shared = [one for one in own.values() if isinstance(one, torch.Tensor) and one is maps.squeeze]
     assert runtime.maps(1).num_weights == maps.num_weights
-    runtime._maps.clear()
+    runtime.forms._maps.clear()
     assert held - runtime.nbytes["prefill"] == sum(own) - sum(one.nbytes for one in shared)
 
 
@@ -151,7 +151,7 @@ def test_without_native_code(monkeypatch):
     adapted, settings = given(), {"kv_prediction": torch.full((3,), 2.0)}
     native = Batch.read(adapted.runtime("native"), IDS, MASK, settings).logits
     adapted._runtimes.clear()
-    monkeypatch.setattr("rheostat.runtime.engine.library", lambda: None)
+    monkeypatch.setattr("rheostat.runtime.forms.library", lambda: None)
     torch.testing.assert_close(Batch.read(adapted.runtime("native"), IDS, MASK, settings).logits, native)
 
 

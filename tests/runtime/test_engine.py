@@ -11,8 +11,9 @@ import torch
 from rheostat.adapted import Adapted
 from rheostat.errors import SettingError
 from rheostat.kernels import library
+from rheostat.runtime.batch import Batch
 from rheostat.runtime.building import Unsupported
-from rheostat.runtime.engine import Batch, Runtime
+from rheostat.runtime.engine import Runtime
 from tests.tiny import tiny_adapted, tiny_model, tiny_windows
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2, "int8": 8e-2, "int4": 0.6}
@@ -40,17 +41,6 @@ def test_logits_are_within_the_stated_tolerance(format):
     assert format == "fp32" or error > TOLERANCE["fp32"]
 
 
-def test_memory_is_made_when_needed_and_counted():
-    adapted = Adapted(tiny_model())
-    runtime = Runtime(adapted.model, "int8", adapted.hook_ids)
-    assert runtime.nbytes == {"prefill": 0, "decode": 0}
-    batch = Batch.read(runtime, IDS, None, {})
-    assert runtime.nbytes["prefill"] > 0
-    assert runtime.nbytes["decode"] == 0, "the first token does not wait for packing"
-    batch.step(IDS[:, 0].contiguous(), None)
-    assert runtime.nbytes["decode"] > 0
-
-
 def test_groups_of_int4_do_not_straddle_experts():
     adapted = tiny_adapted()  # experts of multiples of 16
     with pytest.raises(Unsupported, match="int4"):
@@ -67,27 +57,12 @@ def test_the_twin_without_native_code(monkeypatch):
     native = logits_of(adapted, "int8")
     if library() is None:
         pytest.skip("there is no native code here")
-    monkeypatch.setattr("rheostat.runtime.engine.library", lambda: None)
+    monkeypatch.setattr("rheostat.runtime.forms.library", lambda: None)
     plain = logits_of(adapted, "int8")
     assert float((plain - native).norm() / native.norm()) < TOLERANCE["int8"]  # ours rounds activations too
     monkeypatch.setattr("rheostat.adapted.library", lambda: None)
     assert adapted.runtime() is None
     assert adapted.runtime("native") is not None
-
-
-def test_going_on_from_another_cache():
-    adapted = Adapted(tiny_model())
-    runtime = Runtime(adapted.model, "fp32", adapted.hook_ids)
-    mask = torch.tensor([[1] * 18, [0] * 7 + [1] * 11])
-    cache = adapted.method.make_cache(adapted.model)
-    with torch.inference_mode():
-        logits = adapted.method.prefill(adapted.model, IDS[:, :18], mask, cache)
-        pairs = [(layer.keys, layer.values) for layer in cache.layers]
-        batch = Batch.resume(runtime, pairs, mask, logits)
-        direct = Batch.read(runtime, IDS[:, :18], mask, {})
-        for place in range(18, 24):
-            a, b = (one.step(IDS[:, place].contiguous(), None) for one in (batch, direct))
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_that_ran_can_be_copied():

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.generation import GenerationMode, StoppingCriteriaList, StopStringCriteria
 
+from rheostat.runtime.batch import Batch
 from rheostat.runtime.building import Unsupported
-from rheostat.runtime.engine import Batch, Runtime, Settings
+from rheostat.runtime.engine import Runtime, Settings
 from rheostat.sampling import most_likely
 from rheostat.spending import current_spending
 

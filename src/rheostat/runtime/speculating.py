@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 
 from rheostat.meter import Meter
-from rheostat.runtime.engine import Batch, Runtime, Settings
+from rheostat.runtime.batch import Batch
+from rheostat.runtime.engine import Runtime, Settings
 from rheostat.runtime.packing import GROUP
 from rheostat.speculate.drafter import Draft, Host, State
 from rheostat.spending import Spending, current_spending

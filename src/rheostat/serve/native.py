@@ -9,9 +9,10 @@ import torch
 
 from rheostat.adapted import Adapted
 from rheostat.runtime import plain
+from rheostat.runtime.batch import Batch, keys_and_values
 from rheostat.runtime.billing import Tally
 from rheostat.runtime.cache import KVCache
-from rheostat.runtime.engine import Batch, Runtime, keys_and_values
+from rheostat.runtime.engine import Runtime
 from rheostat.runtime.prefill import Prompt, prefill
 from rheostat.serve.backend import Join, Row
 from rheostat.serve.row_cache import RowCache
