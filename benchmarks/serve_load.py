@@ -2,12 +2,12 @@
 prompts, lengths and clients that leave; beside `transformers serve` and llama.cpp's server on the same machine.
 
     python benchmarks/serve_load.py run smol-dial --dense path/to/dense --gguf path/to/model.gguf --out load.jsonl
-    python benchmarks/serve_load.py check load.jsonl     # each answer against the greedy one without a server
+    python benchmarks/serve_load.py check smol-dial load.jsonl     # each answer against the greedy one without a server
     python benchmarks/serve_load.py show load.jsonl --picture load.png
 
 `run` writes one line a cell (a server and a number of clients) and goes on where it was stopped; with `--budget` it
-stops by itself after so many seconds. Servers of one run are all up at once, and only one is asked at a time. Loopback
-only.
+stops by itself after so many seconds. Servers of one run are all up at once, and only one is asked at a time. Where a
+quiet machine is scarce, `up` (with the same settings) starts them beforehand, and `run --up` finds them. Loopback only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -30,6 +31,10 @@ from rheostat import report
 
 DIALS = (1.0, 0.9, 0.8, 0.7)
 TOKENS = (8, 48)
+
+PAGES = ("--cb-num-blocks", "64", "--cb-max-batch-tokens", "512")
+"""Of 256 tokens, enough for 32 of our chats, and as many prompt tokens a step as ours. Left to itself it takes most of
+the machine's memory, and is killed for it where others need some too."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def sides(args: argparse.Namespace) -> dict[str, tuple[Side, int]]:
         elif kind in ("transformers", "continuous"):
             program = os.path.join(os.path.dirname(sys.executable), "transformers")
             command = [program, "serve", "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
-            command += ["--continuous-batching"] if kind == "continuous" else []
+            command += ["--continuous-batching", *PAGES] if kind == "continuous" else []
             side = Side(command, args.dense)
         elif kind == "llama.cpp":
             command = [sys.executable, "-m", "llama_cpp.server", "--model", args.gguf, "--port", str(port)]
@@ -81,10 +86,14 @@ def cells(args: argparse.Namespace) -> list[tuple[str, int, int]]:
     if args.out.exists():
         done = {(row["side"], row["clients"]) for row in read(args.out)}
     levels = [int(one) for one in args.clients.split(",")]
-    counts = [int(one) for one in args.requests.split(",")]
-    pairs = list(zip(levels, counts if len(counts) > 1 else counts * len(levels), strict=True))
+    counts = dict(one.rsplit("=", 1) for one in args.requests.split(","))
     names = args.sides.split(",")
-    return [(name, *pair) for pair in pairs for name in names if (name, pair[0]) not in done]
+    return [
+        (name, level, max(int(counts.get(name, counts["all"])), 3 * level // 2))
+        for level in levels
+        for name in names
+        if (name, level) not in done
+    ]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -98,24 +107,45 @@ def run(args: argparse.Namespace) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     with ExitStack() as stack:
-        up = {}
-        for name, (side, port) in sides(args).items():
-            log = args.out.with_suffix(f".{name.replace(':', '-')}.log")
-            up[name] = side, stack.enter_context(serving.serving(side.command, port, log)), log
-        for side, base, log in up.values():
-            serving.wait_up(base, log, side.path)
+        if args.up:
+            bases = json.loads(args.up.read_text())
+            found = {name: (side, bases[name]) for name, (side, _) in sides(args).items()}
+        else:
+            found = start(args, stack)
+        for side, base in found.values():
             asyncio.run(serving.closed_loop(base, side.model, [Request("Hello.", 1.0, 4, False)], 1, side.fields))
         for name, clients, number in left:
             if time.monotonic() - started > args.budget:
                 print(f"the time is up: {len(left)} cells in all, {len(cells(args))} of them missing")
                 return
-            row = measure(*up[name][:2], clients, number, args, tokenizer)
+            row = measure(*found[name], clients, number, args, tokenizer)
             shown = {"side": name, "clients": clients} | row
             with args.out.open("a") as out:
                 out.write(json.dumps(shown | {"provenance": report.origin(seed=args.seed)}) + "\n")
             print(
                 json.dumps({key: value for key, value in shown.items() if key not in ("answers", "plan")}), flush=True
             )
+
+
+def start(args: argparse.Namespace, stack: ExitStack) -> dict[str, tuple[Side, str]]:
+    """Start the servers, until the stack is closed. Returns name -> the server and its address, once all answer."""
+    found = {}
+    for name, (side, port) in sides(args).items():
+        log = args.out.with_suffix(f".{name.replace(':', '-')}.log")
+        found[name] = side, stack.enter_context(serving.serving(side.command, port, log)), log
+    for side, base, log in found.values():
+        serving.wait_up(base, log, side.path)
+    return {name: (side, base) for name, (side, base, _) in found.items()}
+
+
+def up(args: argparse.Namespace) -> None:
+    """Start the servers and write their addresses to a file; they end with this process."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with ExitStack() as stack:
+        bases = {name: base for name, (_, base) in start(args, stack).items()}
+        args.up.write_text(json.dumps(bases))
+        print(f"up, see {args.up}", flush=True)
+        signal.pause()
 
 
 def measure(
@@ -180,19 +210,23 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True)
-    one = verbs.add_parser("run")
-    one.add_argument("model", help="an artifact with a dial")
-    one.add_argument("--dense", help="checkpoint folder that `transformers serve` serves")
-    one.add_argument("--gguf", help="what llama.cpp's server serves")
-    one.add_argument("--sides", default="rheostat:float32", help="kind:dtype, separated by commas")
-    one.add_argument("--clients", default="1,2,4,8,16,32")
-    one.add_argument("--requests", default="40,50,70,90,110,140", help="of each level")
-    one.add_argument("--rows", type=int, default=32)
-    one.add_argument("--leave", type=float, default=0.1, help="share of clients that leave in the middle")
-    one.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no cell is begun")
-    one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--out", type=Path, default=Path("load.jsonl"))
-    one.set_defaults(do=run)
+    for verb in (run, up):
+        one = verbs.add_parser(verb.__name__)
+        one.add_argument("model", help="an artifact with a dial")
+        one.add_argument("--dense", help="checkpoint folder that `transformers serve` serves")
+        one.add_argument("--gguf", help="what llama.cpp's server serves")
+        one.add_argument("--sides", default="rheostat:float32", help="kind:dtype, separated by commas")
+        one.add_argument("--rows", type=int, default=32)
+        one.add_argument("--out", type=Path, default=Path("load.jsonl"))
+        one.add_argument("--up", type=Path, help="file with the addresses of servers that `up` has started")
+        one.set_defaults(do=verb)
+        if verb is run:
+            one.add_argument("--clients", default="1,2,4,8,16,32")
+            number = "of a level, side=number; all=number for the rest; at least one and a half times the clients"
+            one.add_argument("--requests", default="all=48", help=number)
+            one.add_argument("--leave", type=float, default=0.1, help="share of clients that leave in the middle")
+            one.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no cell is begun")
+            one.add_argument("--seed", type=int, default=0)
     one = verbs.add_parser("check")
     one.add_argument("model")
     one.add_argument("file", type=Path)

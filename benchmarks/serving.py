@@ -57,13 +57,28 @@ class Answer:
     """On the benchmark's clock."""
 
 
-def plan(num: int, dials: Sequence[float], tokens: tuple[int, int], leave: float, seed: int) -> list[Request]:
-    """Requests with prompts of about 35 (six in ten), 120 (three) and 400 tokens (one)."""
+CHATS = (6, 3, 1)
+"""Of ten prompts so many have about 35, 120 and 400 tokens."""
+
+READING = (0, 5, 5)
+"""Likewise, where more is read: documents with questions."""
+
+
+def plan(
+    num: int,
+    dials: Sequence[float],
+    tokens: tuple[int, int],
+    leave: float,
+    seed: int,
+    lengths: tuple[int, int, int] = CHATS,
+) -> list[Request]:
+    """Requests with prompts of three lengths, answers of random lengths within `tokens`, and clients of which the
+    share `leave` goes away in the middle."""
     draw = random.Random(seed)
     found = []
     for _ in range(num):
         ask = f"Write {draw.choice(FORMS)} about {draw.choice(TOPICS)}."
-        context = " ".join((SENTENCES * 6)[: draw.choices((0, 5, 20), (6, 3, 1))[0]])
+        context = " ".join((SENTENCES * 6)[: draw.choices((0, 5, 20), lengths)[0]])
         found.append(
             Request(
                 prompt=f"{context}\n\n{ask}".strip(),

@@ -76,7 +76,7 @@ class Page:
 
     def key(self, key: str, modifiers: int = 0) -> None:
         """Press and release a key; modifiers: 2 is Ctrl."""
-        codes = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowLeft": 37}
+        codes = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowLeft": 37, "ArrowDown": 40}
         for kind in ("keyDown", "keyUp"):
             self.call(
                 "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=codes[key], modifiers=modifiers

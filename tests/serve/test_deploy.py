@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from dataclasses import fields
 from pathlib import Path
+
+import pytest
 
 from rheostat.commands.serve import Config
 from rheostat.serve.jobs import Bill
@@ -57,3 +61,20 @@ def test_the_unit_and_the_image_use_settings_that_there_are():
     used = [word for word in shlex.split(command) if word.startswith("--")] + re.findall(r'"(--[\w-]+)"', image)
     assert set(used) <= FLAGS
     assert len(used) >= 4
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")
+def test_systemd_understands_the_unit(tmp_path: Path):
+    unit = tmp_path / "rheostat.service"
+    unit.write_text((DEPLOY / "rheostat.service").read_text().replace("/opt/rheostat/bin/rheostat", "/bin/true"))
+    found = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert found.returncode == 0
+    assert "rheostat" not in found.stderr  # of a setting that it does not know, too
+
+
+def test_the_image_copies_what_its_context_holds():
+    image = (DEPLOY / "Dockerfile").read_text()
+    copied = {word for line in re.findall(r"^COPY (.+) \S+$", image, re.M) for word in line.split()}
+    ignored = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+    assert copied == {line[1:] for line in ignored if line.startswith("!")}
+    assert all((DEPLOY.parent / name).exists() for name in copied)

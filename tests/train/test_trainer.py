@@ -64,6 +64,15 @@ def test_a_few_steps_bring_the_slices_closer_to_the_dense_model(tmp_path):
     assert torch.equal(adapted.model.model.embed_tokens.weight, frozen)  # trained="ffn"
 
 
+@pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_teacher_computes_in_the_precision_of_the_student(tmp_path, bf16, dtype):
+    teacher, seen = copy.deepcopy(TEACHER), set()
+    teacher.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, given, made: seen.add(made.dtype))
+    settings = dataclasses.replace(SETTINGS, tokens=1, bf16=bf16)
+    train(tiny_adapted(), tiny_windows(16), settings, output_dir=tmp_path, teacher=teacher)
+    assert seen == {dtype}
+
+
 def test_training_leaves_the_model_as_a_model(tmp_path):
     adapted = tiny_adapted()
     config = adapted.config.to_dict()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rheostat import terminal
-from rheostat.commands import Loaded, check_computes, check_context, load
+from rheostat.commands import Loaded, check_computes, check_context, load, load_lean
 from rheostat.commands.bills import asked, make_bill, show_bill
 from rheostat.commands.writer import Writer
 from rheostat.config import Common, setting
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from rheostat.meter import Meter
+    from rheostat.runtime.engine import Runtime
     from rheostat.sampling import Sampling
     from rheostat.speculate.drafter import Drafter
 
@@ -65,13 +66,14 @@ def run(config: Config) -> dict[str, Any]:
         SettingError: a setting is out of range, or the prompt cannot be used.
     """
     from rheostat.sampling import Sampling
+    from rheostat.skeleton import Skeleton
 
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     if config.max_new_tokens < 1:
         raise bad_setting("max_new_tokens", config.max_new_tokens, "1 or more")
     if not config.compute:
         raise bad_setting("compute", config.compute, "at least one number")
-    loaded = load(config.model, config)
+    loaded = _load(config)
     phases = [_by_phase(config, compute) for compute in config.compute]
     check_computes(loaded.adapted, [value for one in phases for value in one.values()])
     input_ids = _prompt_ids(config, loaded)
@@ -80,10 +82,12 @@ def run(config: Config) -> dict[str, Any]:
 
     drafting = _drafting(config, loaded)
     native = loaded.adapted.runtime(config.runtime, config.weights, with_forms=True)
+    if native is None and isinstance(loaded.adapted.model, Skeleton):
+        loaded = load(config.model, config)
     if drafting is not None and loaded.adapted.draft_host(drafting[0], config.runtime, config.weights) is None:
         native = None
     if native is not None:
-        native.prepare(draft=config.draft == "self")
+        native.prepare(decode=drafting is not None, draft=config.draft == "self")
     runs_on = "transformers" if native is None else f"native {native.format}"
     low = _cheapest_width(loaded)
     coloured = terminal.uses_colour(sys.stdout) and low < 1
@@ -95,13 +99,21 @@ def run(config: Config) -> dict[str, Any]:
         if len(phases) > 1:
             out.rule(f"compute {asked(one)}", align="left", style="dim", characters="-")
         writer = Writer(sys.stdout, loaded.tokenizer.decode, low if coloured else None)
-        answer = _answer(config, loaded, input_ids, one, sampling, writer, drafting)
+        answer = _answer(config, loaded, input_ids, one, sampling, writer, drafting, native)
         out.print()
         answer["runtime"] = runs_on
         show_bill(answer)
         answers.append(answer)
     figures: dict[str, Any] = {"prompt": config.prompt, "answers": answers}
     return figures | {"provenance": loaded.origin(config.seed)} if config.json else figures
+
+
+def _load(config: Config) -> Loaded:
+    """Without `transformers` where our own runtime is all that is wanted: then the first token is there sooner."""
+    found = None
+    if config.runtime != "stock" and config.draft is None:
+        found = load_lean(config.model, config)
+    return found or load(config.model, config)
 
 
 # -- the answer
@@ -115,6 +127,7 @@ def _answer(
     sampling: Sampling,
     writer: Writer,
     drafting: tuple[Drafter, int | str] | None,
+    native: Runtime | None,
 ) -> dict[str, Any]:
     import torch
 
@@ -134,6 +147,8 @@ def _answer(
                 seconds.append(took)
                 fractions.append(fraction)
                 writer.push(token, fraction)
+            if native is not None and len(seconds) < config.max_new_tokens:
+                native.prepare()  # once: after the first token is out, and before the clock of the next one
     writer.finish()
     return {
         "asked": compute,
@@ -151,11 +166,11 @@ def _drafting(config: Config, loaded: Loaded) -> tuple[Drafter, int | str] | Non
     Raises:
         SettingError: no such drafter, or one that this model cannot have.
     """
+    if config.draft is None:
+        return None
     from rheostat.speculate.generating import DRAFTERS, make_drafter
     from rheostat.speculate.pacing import Pace
 
-    if config.draft is None:
-        return None
     length = int(config.draft_length) if config.draft_length.lstrip("-").isdigit() else config.draft_length
     Pace.of(length)
     if config.draft not in DRAFTERS:
@@ -203,7 +218,6 @@ def _steps(
 ) -> Iterator[list[int]]:
     """The answer's tokens as they come: one at a time, or with a draft several."""
     from rheostat.decode import stream
-    from rheostat.speculate.loop import Ending, speculate
 
     adapted, limit, ends = loaded.adapted, config.max_new_tokens, _end_ids(loaded)
     if drafting is None:
@@ -219,6 +233,8 @@ def _steps(
         ):
             yield step.token_ids.tolist()
         return
+    from rheostat.speculate.loop import Ending, speculate  # here, because a first token does not wait for it
+
     drafter, length = drafting
     for one in speculate(
         adapted.model,

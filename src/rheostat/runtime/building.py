@@ -14,6 +14,7 @@ from torch import nn
 from rheostat import families
 from rheostat.methods.base import MeteredFFN, StandIn
 from rheostat.runtime.weights import DecoderWeights, FFNWeights, LayerWeights
+from rheostat.skeleton import Part
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
 """`config.model_type` of the families whose layers are as `LayerWeights` says."""
@@ -185,8 +186,9 @@ def _activation(act: Any) -> str:
 
 
 def _check_own(module: nn.Module, hooks: frozenset[int]) -> None:
-    """Refuse a module that is not of `transformers`, or that was given another forward."""
-    if not type(module).__module__.startswith("transformers.models.") or "forward" in vars(module):
+    """Refuse a module that is not of `transformers` (or of a skeleton of it), or that was given another forward."""
+    is_known = isinstance(module, Part) or type(module).__module__.startswith("transformers.models.")
+    if not is_known or "forward" in vars(module):
         raise Unsupported(f"a module of the kind {type(module).__name__}")
     _check_hooks(module, hooks)
 

@@ -201,6 +201,7 @@ class NativeBackend:
             if len(row.state.unbilled) >= BILL_EVERY:
                 self._settle(row)
 
+    @torch.inference_mode()
     def leave(self, row: Row) -> None:
         """As `Backend.leave`."""
         if (held := self._reading) is not None and row in held.join.rows:

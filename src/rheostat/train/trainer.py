@@ -165,7 +165,7 @@ class DialTrainer(Trainer):
         drawn = low + (max(low, self.settings.high) - low) * torch.rand(rows)
         teacher_logits = None
         if self.teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.accelerator.autocast():
                 teacher_logits = self.teacher(**inputs, use_cache=False).logits
         # Not through the Trainer's wrapper for several processes: a method's loss may run the model more than once in a
         # step, which that forbids. `ClipGroups` averages the gradients instead.

@@ -1,0 +1,85 @@
+"""Rows on our own runtime, without an engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rheostat.meter import Meter
+from rheostat.serve import native
+from rheostat.serve.backend import Join, Row, make_backend
+from rheostat.serve.native import NativeBackend
+from tests.serve.conftest import Tiny
+
+
+@pytest.fixture
+def backend(tiny: Tiny) -> NativeBackend:
+    found = make_backend(tiny.adapted, "native")
+    assert isinstance(found, NativeBackend)
+    return found
+
+
+def row(*prompt: int) -> Row:
+    return Row(list(prompt), Meter(keep_passes=False))
+
+
+def test_a_step_of_all_rows_is_each_rows_own_whatever_their_order(tiny: Tiny, backend: NativeBackend):
+    rows, computes = [row(5, 6), row(7, 8, 9), row(10)], [1.0, 0.75, 0.8]
+    backend.join([Join([one], compute) for one, compute in zip(rows, computes, strict=True)])
+    backend.step(rows[::-1], [30, 31, 32], computes[::-1])
+    for one, token, compute in zip(rows, [32, 31, 30], computes, strict=True):
+        other = make_backend(tiny.adapted, "native")
+        alone = row(*one.prompt)
+        other.join([Join([alone], compute)])
+        other.step([alone], [token], [compute])
+        torch.testing.assert_close(one.logits, alone.logits)
+        assert one.layers == alone.layers
+
+
+def test_one_row_may_step_while_the_others_wait(backend: NativeBackend):
+    rows = [row(5, 6), row(7, 8, 9)]
+    backend.join([Join([one], 1.0) for one in rows])
+    waits = rows[0].logits.clone()
+    backend.step([rows[1]], [30], [0.75])
+    assert torch.equal(rows[0].logits, waits)
+    assert backend.cache.lengths.tolist() == [2, 4]
+    with pytest.raises(AssertionError, match="all rows or one"):
+        backend.join([Join([row(3)], 1.0)])
+        backend.step(rows, [1, 2], [1.0, 1.0])
+
+
+def test_pieces_leave_what_a_prompt_read_at_once_leaves(backend: NativeBackend):
+    whole, pieces = row(*range(5, 25)), row(*range(5, 25))
+    backend.join([Join([whole], 0.75)])
+    join = Join([pieces], 0.75)
+    for start, stop in ((0, 7), (7, 19), (19, 20)):
+        backend.read(join, start, stop)
+    torch.testing.assert_close(pieces.logits, whole.logits)
+    torch.testing.assert_close(backend.cache.keys[:, 1, :, :20], backend.cache.keys[:, 0, :, :20])
+    assert pieces.meter.cost == whole.meter.cost
+    assert pieces.layers == whole.layers
+
+
+def test_a_prompt_that_is_given_up_between_its_pieces_is_billed_so_far(backend: NativeBackend):
+    one = row(*range(5, 25))
+    join = Join([one], 0.75)
+    backend.read(join, 0, 8)
+    backend.leave(one)
+    begun = row(*range(5, 13))
+    backend.join([Join([begun], 0.75)])
+    assert one.meter.cost.flops.total > 0
+    assert one.meter.tokens == begun.meter.tokens == 8
+    assert backend.cache.lengths.tolist() == [8]  # of the other alone
+
+
+def test_steps_are_billed_now_and_then_and_at_the_end(backend: NativeBackend, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "BILL_EVERY", 3)
+    one = row(5, 6)
+    backend.join([Join([one], 1.0)])
+    seen = []
+    for place in range(5):
+        backend.step([one], [30 + place], [1.0 if place % 2 else 0.75])
+        seen.append(one.meter.tokens)
+    assert seen == [2, 2, 5, 5, 5]
+    backend.leave(one)
+    assert one.meter.tokens == 7
