@@ -181,7 +181,7 @@ def test_a_draft_writes_the_same_answer_and_says_how_it_went(rheostat, dial_fold
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--draft", "magic"), "speculate='magic': must be one of"),
+        (("--draft", "magic"), "draft='magic': must be one of"),
         (("--draft", "self"), "has no draft of its own"),
         (("--draft", "prompt_lookup", "--draft-length", 0), "draft_length=0"),
         (

@@ -128,7 +128,7 @@ def _settings_help(title: str, cls: type) -> str:
     docs = _field_docs(cls)
     lines = []
     for one in fields(cls):
-        text = one.metadata.get("help") or docs.get(one.name, "")
+        text = " ".join((one.metadata.get("help") or docs.get(one.name, "")).split())
         lines.append(f"  {one.name}={one.default}")
         lines += textwrap.wrap(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join([f"{title}:", *lines]) if lines else ""

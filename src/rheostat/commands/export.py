@@ -4,7 +4,7 @@ A plain checkpoint cannot decide token by token, so it gets one width for all to
 most this much. Expect less quality than the dial gives at the same mean.
 
 Example:
-  rheostat export smol-dial --compute 0.7 --out smol-70
+  rheostat export smol-dial --compute 0.71 --out smol-71
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Config(Common):
     top_k: int = setting(0, help="draw among the k most likely tokens; 0 is no limit")
     top_p: float = setting(1.0, help="draw among the most likely tokens that together reach this probability")
     runtime: str = setting("auto", help="auto: our own where it can; native: insist on it; stock: transformers")
-    weights: str = setting("auto", help="our runtime's weights: fp32, bf16, fp16, int8, int4 (default: as --dtype)")
+    weights: str = setting("auto", help="our runtime's weights: fp32, bf16, fp16, int8, int4; auto: as --dtype")
     draft: str | None = setting(
         None,
         help="guess tokens and check them together: self, low_dial, prompt_lookup, streaming_llm, snapkv, or a model",
@@ -173,7 +173,9 @@ def _drafting(config: Config, loaded: Loaded) -> tuple[Drafter, int | str] | Non
 
     length = int(config.draft_length) if config.draft_length.lstrip("-").isdigit() else config.draft_length
     Pace.of(length)
-    if config.draft not in DRAFTERS and _is_model(config.draft):
+    if config.draft not in DRAFTERS:
+        if not _is_model(config.draft):
+            raise bad_setting("draft", config.draft, f"one of {', '.join(DRAFTERS)}, or a model")
         return _second_model(config, loaded, config.draft), length
     adapted = loaded.adapted
     made = make_drafter(

@@ -139,7 +139,7 @@ public:
             attend_share(layer, i);
             team_.barrier(share_of(layer.o));
             put_out(layer);
-            team_.barrier(s_.settings ? Ahead{} : share_of(layer.ffn.gate));
+            team_.barrier(s_.settings ? Fetch{} : share_of(layer.ffn.gate));
             choose(layer, i);
             ffn_hidden(layer.ffn, p_.order, p_.input, c_.hidden, p_.buffer, team_, thread_);
             team_.barrier(share_of(layer.ffn.downs[layer.ffn.place(p_.order.experts[0])]));
@@ -153,13 +153,13 @@ public:
 
 private:
     // The beginning of this thread's share of a matrix.
-    Ahead share_of(const Matrix& m) const {
+    Fetch share_of(const Matrix& m) const {
         Share share(m.panels(), thread_, team_.size);
         return {m.data + share.begin * m.panel_bytes, std::min(kAhead, (share.end - share.begin) * m.panel_bytes)};
     }
 
     // And of a layer's projections of queries, keys and values, one after the other.
-    Ahead projection_of(const Layer& layer) const {
+    Fetch projection_of(const Layer& layer) const {
         Share share(layer.q.panels() + layer.k.panels() + layer.v.panels(), thread_, team_.size);
         int first = share.begin;
         for (const Matrix* m : {&layer.q, &layer.k, &layer.v}) {

@@ -33,7 +33,7 @@ constexpr int kSpins = 2000;            // before a thread that waits lets other
 constexpr int kAwakeMicroseconds = 200;  // an idle worker stays awake: the time between two steps
 
 // What a thread reads next: fetched while it waits for the others.
-struct Ahead {
+struct Fetch {
     const uint8_t* data = nullptr;
     int64_t bytes = 0;
 
@@ -49,7 +49,7 @@ struct Team {
     alignas(64) std::atomic<int> arrived{0};
     alignas(64) std::atomic<int> phase{0};
 
-    void barrier(Ahead next = {}) {
+    void barrier(Fetch next = {}) {
         if (size == 1) return;
         int now = phase.load(std::memory_order_relaxed);
         if (arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
