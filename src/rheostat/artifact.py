@@ -16,6 +16,7 @@ import copy
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +143,8 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
         file = folder / name
         if not file.is_file():
             raise SettingError(f"artifact={str(folder)!r}: the file {name} is missing")
+        if not os.access(file, os.R_OK):
+            raise SettingError(f"artifact={str(folder)!r}: the file {name} cannot be read by this user")
         found = _facts(file)
         if found["bytes"] != wanted["bytes"]:
             raise SettingError(
