@@ -205,9 +205,7 @@ def show(args: argparse.Namespace) -> None:
         for one in curves(schema.read(find_report("", given) or Path(given))):
             points.setdefault(one["text"], []).extend(one["lines"][0]["points"])
     rows = read(args.file)
-    print(
-        "| mix | server@load | arrived | answers/s | refused | first token p95 by thirds, s | spent | perplexity |"
-    )
+    print("| mix | server@load | arrived | answers/s | refused | first token p95 by thirds, s | spent | perplexity |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
         if row["cell"] == "sustained":
