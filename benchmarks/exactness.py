@@ -4,39 +4,50 @@
 
 DATA has `prompts/spec_bench.jsonl.gz`. Prompts are cut, by turns, to fewer than 2G tokens and to many more, and the
 text crosses at least three flushes of the cache in planes. Drafts are checked against greedy plain decoding of our own
-runtime in the same format: on a full cache for `prompt_lookup` and `low_dial`, on the cache in planes for `self`, and
-for `prompt_lookup` on that one too. One line of OUT for each batch; what is there is not run again. The last line of
-output is one JSON object.
+runtime in the same format: on a full cache for `prompt_lookup` and `low_dial`, on the cache in planes for `self` and
+`second_model` (the same model without its last two layers), and for `prompt_lookup` on that one too. `streaming_llm`
+and `snapkv` look into a cache of `transformers`: they run there in float32, on the hierarchical cache with the same
+groups, against the loop without drafts. One line of OUT for each batch; what is there is not run again. The last line
+of output is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gzip
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 import rheostat
 from rheostat.adapted import Adapted
 from rheostat.caches.counting import body_length
+from rheostat.caches.hierarchical import HierarchicalCache
 from rheostat.provenance import provenance
 from rheostat.runtime.batch import Batch
 from rheostat.runtime.engine import Runtime
 from rheostat.runtime.speculating import NativeHost
 from rheostat.runtime.weights import CacheForm, DraftForm
 from rheostat.sampling import most_likely
-from rheostat.speculate.drafter import Drafter, State
+from rheostat.speculate.drafter import Drafter, Host, State
 from rheostat.speculate.drafting import LowDial, SelfDrafter
 from rheostat.speculate.lookup import PromptLookup
 from rheostat.speculate.loop import Ending, speculate
+from rheostat.speculate.second import SecondModel
+from rheostat.speculate.sparse import SnapKV, StreamingLLM
+from rheostat.speculate.stock import StockHost
 from rheostat.spending import spend
 
 PLACES = ("ffn", "attention", "head")
+SIDES = "self,prompt_lookup on planes,prompt_lookup,second_model,streaming_llm,snapkv,low_dial"
 
 
 class FourBits(SelfDrafter):
@@ -47,16 +58,38 @@ class FourBits(SelfDrafter):
         return state.host.cheaply()
 
 
-def sides(adapted: Adapted) -> dict[str, tuple[bool, Callable[[], Drafter]]]:
-    """Name -> whether its cache is in planes, and its drafter."""
-    found: dict[str, tuple[bool, Callable[[], Drafter]]] = {
-        "self": (True, FourBits),
-        "prompt_lookup on planes": (True, PromptLookup),
-        "prompt_lookup": (False, PromptLookup),
+@dataclass(frozen=True)
+class Side:
+    """A drafter, and where it runs."""
+
+    where: str
+    """`full` and `planes`: our own runtime, on that cache; `stock`: `transformers`, on the hierarchical one."""
+    make: Callable[[], Drafter]
+
+
+def sides(adapted: Adapted, names: list[str]) -> dict[str, Side]:
+    """Those asked for that this model can have."""
+    second = shortened(adapted.model) if "second_model" in names else adapted.model
+    known = {
+        "self": Side("planes", FourBits),
+        "prompt_lookup on planes": Side("planes", PromptLookup),
+        "prompt_lookup": Side("full", PromptLookup),
+        "second_model": Side("planes", lambda: SecondModel(second)),
+        "streaming_llm": Side("stock", StreamingLLM),
+        "snapkv": Side("stock", SnapKV),
     }
     if (low := adapted.dial.low) < 1:
-        found["low_dial"] = (False, lambda: LowDial(low))
-    return found
+        known["low_dial"] = Side("full", lambda: LowDial(low))
+    return {name: known[name] for name in names if name in known}
+
+
+def shortened(model: PreTrainedModel, less: int = 2) -> PreTrainedModel:
+    """The model without its last layers: it guesses well, and not always right."""
+    second = copy.deepcopy(model)
+    layers = second.get_decoder().layers
+    second.get_decoder().layers = nn.ModuleList(layers[: len(layers) - less])
+    second.config.num_hidden_layers -= less
+    return second
 
 
 @torch.inference_mode()
@@ -70,16 +103,10 @@ def write_plain(runtime: Runtime, ids: torch.Tensor, mask: torch.Tensor, number:
 
 
 def write_drafted(
-    adapted: Adapted,
-    runtime: Runtime,
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    drafter: Drafter,
-    number: int,
-    length: int,
+    adapted: Adapted, host: Host, ids: torch.Tensor, mask: torch.Tensor, drafter: Drafter, args: argparse.Namespace
 ) -> tuple[list[list[int]], list[int], list[int]]:
     """The same with a drafter, and how many tokens were drafted and accepted."""
-    host, rows = NativeHost(runtime, adapted.settings), [[] for _ in ids]  # type: ignore[var-annotated]
+    rows: list[list[int]] = [[] for _ in ids]
     with spend(keep_passes=False) as meter:
         for one in speculate(
             adapted.model,
@@ -87,8 +114,8 @@ def write_drafted(
             ids,
             mask,
             drafter=drafter,
-            draft_length=length,
-            ending=Ending(max_new_tokens=number),
+            draft_length=args.draft_length,
+            ending=Ending(max_new_tokens=args.new_tokens),
             host=host,
         ):
             for row, new in zip(rows, one.token_ids, strict=True):
@@ -97,23 +124,40 @@ def write_drafted(
 
 
 def compare(
-    adapted: Adapted, runtime: Runtime, form: CacheForm, ids: torch.Tensor, mask: torch.Tensor, args: argparse.Namespace
+    adapted: Adapted,
+    runtime: Runtime,
+    found: dict[str, Side],
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     """All sides on one batch."""
+    form = CacheForm(group_size=args.group_size)
+
+    def host(where: str) -> Host:
+        if where == "stock":
+            cache = HierarchicalCache(adapted.model.config, group_size=args.group_size, attention_mask=mask)
+            return StockHost(adapted.model, adapted.method, cache)
+        runtime.cache_form = form if where == "planes" else None
+        return NativeHost(runtime, adapted.settings)
+
     plain = {}
-    for planes in (False, True):
-        runtime.cache_form = form if planes else None
-        plain[planes] = write_plain(runtime, ids, mask, args.new_tokens)
+    for where in sorted({side.where for side in found.values()}):
+        if where == "stock":
+            plain[where] = write_drafted(adapted, host(where), ids, mask, Drafter(), args)[0]
+        else:
+            runtime.cache_form = form if where == "planes" else None
+            plain[where] = write_plain(runtime, ids, mask, args.new_tokens)
     lengths = mask.sum(1).tolist()
     ends = [body_length(n + args.new_tokens - 1, args.group_size) for n in lengths]
     flushes = [(end - body_length(n, args.group_size)) // args.group_size for n, end in zip(lengths, ends, strict=True)]
     row: dict[str, Any] = {"rows": len(ids), "tokens": lengths, "flushes": min(flushes)}
-    for name, (planes, make) in sides(adapted).items():
-        runtime.cache_form = form if planes else None
-        text, drafted, accepted = write_drafted(adapted, runtime, ids, mask, make(), args.new_tokens, args.draft_length)
-        equal = sum(a == b for a, b in zip(text, plain[planes], strict=True))
+    for name, side in found.items():
+        text, drafted, accepted = write_drafted(adapted, host(side.where), ids, mask, side.make(), args)
+        equal = sum(a == b for a, b in zip(text, plain[side.where], strict=True))
         row[name] = {"equal": equal, "drafted": sum(drafted), "accepted": sum(accepted)}
-    row["planes as full"] = sum(a == b for a, b in zip(plain[True], plain[False], strict=True))
+    if {"full", "planes"} <= plain.keys():
+        row["planes as full"] = sum(a == b for a, b in zip(plain["planes"], plain["full"], strict=True))
     return row
 
 
@@ -151,6 +195,7 @@ def main() -> None:
     parser.add_argument("--weights", default="fp32")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--sizes", default="1,8", help="rows of a batch")
+    parser.add_argument("--sides", default=SIDES)
     parser.add_argument("--longest", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=36)
     parser.add_argument("--draft-length", type=int, default=4)
@@ -159,7 +204,7 @@ def main() -> None:
     found, tokenizer = rheostat.load(args.model, dtype="float32")
     adapted = found if isinstance(found, Adapted) else Adapted(found)
     runtime = Runtime(adapted.model, args.weights, adapted.hook_ids, draft_form=DraftForm(places=PLACES))
-    form = CacheForm(group_size=args.group_size)
+    found_sides = sides(adapted, args.sides.split(","))
     done = {}
     if args.out.is_file():
         done = {(row["size"], row["number"]): row for row in map(json.loads, args.out.read_text().splitlines())}
@@ -169,7 +214,7 @@ def main() -> None:
             for number, (ids, mask) in enumerate(batches(prompts, size)):
                 if (size, number) in done:
                     continue
-                row = {"size": size, "number": number} | compare(adapted, runtime, form, ids, mask, args)
+                row = {"size": size, "number": number} | compare(adapted, runtime, found_sides, ids, mask, args)
                 done[size, number] = row
                 out.write(json.dumps(row) + "\n")
                 out.flush()
@@ -181,7 +226,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     totals: Counter[str] = Counter()
     for row in rows:
         totals[f"rows, batches of {row['size']}"] += row["rows"]
-        totals["planes as full"] += row["planes as full"]
+        totals["planes as full"] += row.get("planes as full", 0)
         for name, one in row.items():
             if isinstance(one, dict):
                 totals[f"{name}: equal, batches of {row['size']}"] += one["equal"]

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from rheostat.kernels.triton import DeviceMatrix, NestedWeights, decode_attention, few_rows, pack
 from rheostat.kernels.triton.attention import Splits
-from rheostat.kernels.triton.ffn import FusedTiles, GroupedTiles
+from rheostat.kernels.triton.ffn_launch import FFNTiles
 from rheostat.kernels.triton.language import jit, next_power, tl
 from rheostat.kernels.triton.products import Tiles
 
@@ -25,10 +25,10 @@ class Tuned:
 
     products: dict[tuple[int, int, int], Tiles]
     """(outputs, inputs, 1 or 16 rows) -> tiles."""
-    fused: FusedTiles | None = None
-    fused_one: FusedTiles | None = None
+    fused: FFNTiles | None = None
+    fused_one: FFNTiles | None = None
     """For one row."""
-    grouped: GroupedTiles | None = None
+    grouped: FFNTiles | None = None
     splits: Splits | None = None
 
 

@@ -38,7 +38,8 @@ from rheostat.kernels.triton import (
     planes_attention,
 )
 from rheostat.kernels.triton import plain as twins
-from rheostat.kernels.triton.ffn import FUSED, GROUPED
+from rheostat.kernels.triton.ffn_few import FUSED
+from rheostat.kernels.triton.ffn_many import GROUPED
 from rheostat.kernels.triton.products import CANDIDATES
 
 LLAMA_1B = {

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rheostat.kernels import PackedMatrix, decode_attention, few_rows, library, nested_ffn, pack
-from rheostat.kernels.packed import aligned_bytes
+from rheostat.kernels.memory import aligned_bytes
 from rheostat.kernels.prompts import causal_attention, grouped_ffn, many_rows
 from rheostat.provenance import hardware
 

@@ -181,17 +181,19 @@ def _again(side: NativeSide, state: tuple[Any, torch.Tensor], new: int) -> dict[
 
 
 def cold(bench: Bench) -> Row:
-    """From the start of a process to its first token, model converted and kernels built before."""
-    command = [sys.executable, "-m", "rheostat", "generate", "smollm2-135m", "Hello", "--max-new-tokens", "1"]
+    """From the start of a process to the end of one that writes one token, kernels built before; what importing torch
+    alone takes; and the same through `transformers`."""
+    generate = ["-m", "rheostat", "generate", bench.source, "Hello", "--max-new-tokens", "1"]
+    commands = {"import torch": ["-c", "import torch"], "native": generate, "stock": [*generate, "--runtime", "stock"]}
 
-    def run() -> dict[str, float]:
+    def run(command: list[str]) -> dict[str, float]:
         start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run([sys.executable, *command], check=True, capture_output=True)
         return {"process": time.perf_counter() - start}
 
-    found = take_turns({"generate": run}, rounds=bench.rounds)
+    found = take_turns({side: partial(run, command) for side, command in commands.items()}, rounds=bench.rounds)
     return {
-        "rows": [{"side": "generate", "process": summarise(found["generate"]["process"]).to_dict()}],
+        "rows": [{"side": side, "process": summarise(one["process"]).to_dict()} for side, one in found.items()],
         "compared": [],
     }
 

@@ -19,8 +19,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "rheostat"
 
 LAYERS = (
     ("errors",),
-    ("geometry", "config", "folders", "provenance", "processes", "terminal", "checkpoints"),
+    ("geometry", "config", "folders", "provenance", "processes", "terminal", "checkpoints", "skeleton"),
     ("report.*",),
+    ("digests", "wording"),
     ("cost",),
     ("meter",),
     ("spending", "families", "conversion"),
@@ -36,6 +37,7 @@ LAYERS = (
     ("adapted",),
     ("decode", "calibration"),
     ("artifact",),
+    ("lean",),
     ("exporting",),
     ("train.*",),
     ("adaptation",),

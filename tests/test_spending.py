@@ -67,7 +67,7 @@ def test_blocks_nest_and_end_after_an_error():
 
 def test_threads_do_not_see_each_other():
     seen = {}
-    inside = threading.Barrier(2, timeout=20)
+    inside = threading.Barrier(2, timeout=120)
 
     def work(compute: float) -> None:
         seen[f"start {compute}"] = current_spending()

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rheostat.dial import Dial
 from rheostat.geometry import Geometry
@@ -18,13 +17,8 @@ from rheostat.passes import PassHooks
 from rheostat.runtime.building import Unsupported
 from rheostat.runtime.choosing import FORMED_STAGES, KNOWN_STAGES, OWN_GENERATE, check_runtime, refuse
 from rheostat.runtime.engine import Runtime, Runtimes
-from rheostat.runtime.generating import generate
 from rheostat.runtime.packing import check_format
-from rheostat.runtime.speculating import NativeHost
 from rheostat.speculate.drafter import Drafter, Host
-from rheostat.speculate.generating import DRAFT_LENGTH, make_drafter
-from rheostat.speculate.generating import generate as draft_and_check
-from rheostat.speculate.pacing import Pace
 from rheostat.spending import (
     Compute,
     current_spending,
@@ -129,6 +123,10 @@ class Adapted(nn.Module):
         Raises:
             SettingError: a setting is not one of these, or our runtime was asked for and cannot run this.
         """
+        from rheostat.speculate.generating import DRAFT_LENGTH, make_drafter
+        from rheostat.speculate.generating import generate as draft_and_check
+        from rheostat.speculate.pacing import Pace
+
         outer = current_spending()
         with nullcontext() if compute is None else spend(compute, meter=outer.meter if outer else None):
             if speculate is not None:
@@ -146,6 +144,8 @@ class Adapted(nn.Module):
         Raises:
             SettingError: no such setting; or `native` was asked for and cannot be had.
         """
+        from rheostat.runtime.speculating import NativeHost
+
         try:
             if drafter.needs_cache:
                 raise Unsupported(f"the drafter {type(drafter).__name__}, which looks into the cache")
@@ -158,6 +158,8 @@ class Adapted(nn.Module):
             return None
 
     def _generate(self, args: tuple[Any, ...], kwargs: dict[str, Any], runtime: str, weights: str) -> Any:
+        from rheostat.runtime.generating import generate
+
         try:
             native = self.runtime(runtime, weights, with_forms=True)
             if native is not None:
@@ -243,6 +245,8 @@ class Adapted(nn.Module):
         self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> Any:
         """The host's `_prefill` through the method's own `prefill`, whenever a prompt is only to be continued."""
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         wants_more = generation_config.output_hidden_states or generation_config.output_attentions
         chunks = generation_config.prefill_chunk_size

@@ -13,7 +13,6 @@ A folder appears under its name only when it is complete, and each file's digest
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import os
@@ -21,15 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import rheostat
 from rheostat import families
 from rheostat.adapted import Adapted
 from rheostat.dial import Dial
+from rheostat.digests import known_digest
 from rheostat.errors import SettingError, bad_setting
 from rheostat.folders import whole_folder
 from rheostat.methods import make_method
@@ -85,6 +82,9 @@ def write_plain(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Write a checkpoint that stock `transformers` loads: configuration, weights in shards, tokenizer."""
+    from huggingface_hub import save_torch_state_dict
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     save_torch_state_dict(state, folder, max_shard_size="5GB")
     config = copy.deepcopy(config)
     config.dtype = next(iter(state.values())).dtype
@@ -104,9 +104,11 @@ def load_artifact(
     Raises:
         SettingError: a newer format, a missing or damaged file, or a file other than the one that was saved.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     folder = Path(path)
     manifest = read_manifest(folder)
-    _check_files(folder, manifest["files"])
+    check_files(folder, manifest["files"])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     adapted = Adapted(
@@ -138,7 +140,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+def check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Whether the files that a manifest names are those that were saved.
+
+    Raises:
+        SettingError: one is missing, or is another.
+    """
     for name, wanted in files.items():
         file = folder / name
         if not file.is_file():
@@ -160,6 +167,4 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def _facts(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
+    return {"bytes": file.stat().st_size, "sha256": known_digest(file)}

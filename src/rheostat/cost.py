@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cache
 
 from rheostat.geometry import Geometry
@@ -39,16 +39,16 @@ class Parts:
     """Passes that guess tokens for the model to check; their attention over the context is in `scores`."""
 
     def __add__(self, other: Parts) -> Parts:
-        return Parts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+        return Parts(**{name: mine + getattr(other, name) for name, mine in vars(self).items()})
 
     def times(self, number: int) -> Parts:
         """Every part `number` times."""
-        return Parts(**{f.name: getattr(self, f.name) * number for f in fields(self)})
+        return Parts(**{name: mine * number for name, mine in vars(self).items()})
 
     @property
     def total(self) -> int:
         """All parts."""
-        return sum(getattr(self, f.name) for f in fields(self))
+        return sum(vars(self).values())
 
     @property
     def flat(self) -> int:
@@ -192,10 +192,17 @@ def decode_cost(geometry: Geometry, *, num_steps: int, past: int, itemsize: int,
 
     To write N tokens after a prompt takes N - 1 of them: the prompt's own pass gives the first token.
     """
-    cost = Cost()
+    scores = Cost()
     for step in range(num_steps):
-        cost += dense_cost(geometry, num_tokens=1, past=past + step, num_logits=1, itemsize=itemsize, num_rows=num_rows)
-    return cost
+        scores += attention_cost(geometry, 1, past + step, itemsize)
+    return scores.times(num_rows) + _flat_step_cost(geometry, itemsize, num_rows).times(num_steps)
+
+
+@cache  # speculation asks in every round
+def _flat_step_cost(geometry: Geometry, itemsize: int, num_rows: int) -> Cost:
+    """One pass of one token a row, without attention over the context and its projections' FLOPs."""
+    cost = attention_weight_bytes(geometry, itemsize) + ffn_cost(geometry, num_rows, geometry.num_layers, itemsize)
+    return cost + embedding_cost(geometry, num_rows, itemsize) + head_cost(geometry, num_rows, itemsize)
 
 
 def rows_decode_cost(geometry: Geometry, *, news: list[int], pasts: list[int], num_steps: int, itemsize: int) -> Cost:

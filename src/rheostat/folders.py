@@ -16,6 +16,14 @@ OURS = ("config.json", "rheostat.json")
 """A folder with one of these may be replaced: what is lost there is a model that somebody asked to overwrite."""
 
 
+def cache_folder() -> Path:
+    """Where converted copies go: `$RHEOSTAT_CACHE`, else `rheostat` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    if folder := os.environ.get("RHEOSTAT_CACHE"):
+        return Path(folder).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "rheostat"
+
+
 def check_output(path: str | Path, *, overwrite: bool, needed_bytes: int = 0, is_replaced: bool = True) -> Path:
     """Refuse, before any work is done, an output folder that could not be written at the end.
 

@@ -22,22 +22,19 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from rheostat.checkpoints import BUNDLED, SOURCES, check_weights, ensure_pad_token, one_line, reading
+from rheostat.checkpoints import (
+    BUNDLED,
+    SOURCES,
+    check_dtype,
+    check_weights,
+    ensure_pad_token,
+    one_line,
+    reading,
+)
 from rheostat.conversion import convert_gguf
 from rheostat.errors import bad_setting
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
-"""The names of the dtypes that a model can be loaded in."""
-
 
 HUB_TIMEOUT_SECONDS = 10
 
@@ -99,18 +96,6 @@ def model_digest(model: nn.Module) -> str:
         # As bytes, because numpy knows no bfloat16; flat, because a scalar has no last dimension to view.
         sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
-
-
-def check_dtype(dtype: torch.dtype | str, name: str = "dtype") -> torch.dtype:
-    """The dtype that the setting `name` asks for.
-
-    Raises:
-        SettingError: there is no such dtype.
-    """
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in DTYPES.values():
-        raise bad_setting(name, str(dtype), f"one of {', '.join(DTYPES)}")
-    return found
 
 
 def check_device(device: str | torch.device) -> torch.device:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from rheostat import families
-from rheostat.caches.hierarchical import HierarchicalCache
 from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
 from rheostat.geometry import Geometry
 from rheostat.methods.base import MeteredFFN
@@ -62,6 +61,8 @@ class PassHooks:
         self._handles = []
 
     def _open_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        from rheostat.caches.hierarchical import HierarchicalCache  # here, because it is built on transformers
+
         tokens = _new_tokens(args, kwargs)
         num_rows, num_tokens = tokens.shape[:2]
         cache = kwargs.get("past_key_values")

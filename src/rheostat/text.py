@@ -9,12 +9,14 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from rheostat.errors import SettingError, bad_setting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 """Files that can be read: plain text is one document, JSON lines are one document a row (field `text`, or the

@@ -76,6 +76,24 @@ def test_times_join_the_report_of_the_same_model(rheostat, dial_folder, tiny_tex
 
 
 @pytest.mark.slow
+def test_drafts_in_tables_figures_and_report(rheostat, dial_folder, tiny_text, tmp_path):
+    measured = ("eval", dial_folder, "--compute", "1.0", "--data", tiny_text, "--windows", 2, "--length", 64)
+    assert rheostat(*measured, "--out", tmp_path).status == 0
+    quick = ("bench", dial_folder, "--compute", "1.0", "--prompts", 16, "--batch", "1", "--new", 8, "--rounds", 1)
+    drafts = ("--weights", "fp32", "--draft", "low_dial,prompt_lookup", "--draft-length", 3, "--data", tiny_text)
+    done = rheostat(*quick, *ALONE, *drafts, "--out", tmp_path, "--json")
+    assert done.status == 0, done.err
+    rows = {row["side"]: row["drafts"] for row in done.figures["rows"]}
+    assert rows["native fp32 1"] is None
+    assert rows["native fp32 low_dial 1"]["rounds"] >= 1
+    assert "tokens a round" in done.out
+    assert "native fp32 prompt_lookup 1" in done.out
+    kept = {row["side"]: row.get("drafts") for row in json.loads((tmp_path / "report.json").read_text())["bench"]}
+    assert kept["native fp32 low_dial"]["bytes_per_token"] > 0
+    assert kept["native fp32"] is None
+    assert "bytes a token" in (tmp_path / "report.md").read_text()
+
+
 def test_memory_of_each_side_and_a_dense_model(rheostat, tiny_model_folder: Path):
     small = ("--prompts", "16", "--batch", "1", "--new", "2", "--rounds", "1", "--stock", "fp32", "--compute", "1.0")
     done = rheostat("bench", tiny_model_folder, *small, "--weights", "int8", "--json")
@@ -134,6 +152,11 @@ def test_llama_joins_in_where_it_is_installed(rheostat, tiny_model_folder: Path,
         (["--dtype", "float8"], "dtype='float8': must be one of float32"),
         (["--weights", "int3"], "weights='int3': must be one of auto, fp32"),
         (["--stock", "float32,int3"], "stock='int3': must be one of float32"),
+        (["--draft", "nobody"], "speculate='nobody': must be one of self"),
+        (["--draft", "snapkv"], "draft='snapkv': must be one that our own runtime can run"),
+        (["--draft", "self"], "speculate='self': must be another drafter"),
+        (["--draft", "low_dial", "--draft-length", "0"], "draft_length=0: must be an integer from 1 to 64, or auto"),
+        (["--draft", "low_dial", "--weights", ""], "draft='low_dial': must be left out where --weights is empty"),
         (["--device", "abacus"], "device='abacus': must be a device of this machine"),
         (["--data", "none"], "data='none': must be an existing file"),
         (["--batch", "9999"], "enough text for 9999 prompts of 24 tokens"),

@@ -1,17 +1,13 @@
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import rheostat as api
 from rheostat import terminal
-from rheostat.commands.generate import Writer
-from tests.conftest import SPECIAL, byte_tokenizer
+from tests.conftest import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 
@@ -157,38 +153,6 @@ def test_bad_settings(refused, dial_folder: Path, arguments: list[str], message:
 
 def test_a_missing_model(refused, tmp_path: Path):
     assert "model=" in refused("generate", tmp_path / "none", "Hi")
-
-
-# -- text as it comes
-
-
-def written(token_ids: list[int]) -> tuple[str, list[str]]:
-    """All that a writer wrote, and the pieces."""
-    stream, pieces = io.StringIO(), []
-    writer = Writer(stream, TOKENIZER.decode, None)
-    for token in token_ids:
-        before = len(stream.getvalue())
-        writer.push(token, 1.0)
-        pieces.append(stream.getvalue()[before:])
-    writer.finish()
-    return writer.text, pieces
-
-
-def test_a_character_comes_whole():
-    token_ids = TOKENIZER("né€𝄞!")["input_ids"]
-    text, pieces = written(token_ids)
-    assert text == "né€𝄞!"
-    assert pieces == ["n", "", "é", "", "", "€", "", "", "", "𝄞", "!"]
-
-
-@given(st.text())
-def test_writing_loses_nothing(text: str):
-    assert written(TOKENIZER(text)["input_ids"])[0] == text
-
-
-@given(st.lists(st.integers(len(SPECIAL), len(TOKENIZER) - 1), max_size=30))
-def test_bytes_that_are_no_text_come_as_the_tokenizer_decodes_them(token_ids: list[int]):
-    assert written(token_ids)[0] == TOKENIZER.decode(token_ids, clean_up_tokenization_spaces=False)
 
 
 PLAIN = "a plain model"

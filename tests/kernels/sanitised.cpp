@@ -137,6 +137,21 @@ static void prompts(int threads) {
         }
 }
 
+// The first layer read, the second predicted.
+static void ahead_of(const Decoder& decoder, Reading reading, int threads) {
+    const int tokens = reading.num_tokens, d = decoder.hidden_size, outputs = 2 * decoder.attention.num_kv_heads * decoder.attention.head_dim;
+    const int32_t reads[] = {0, 1, 1}, columns[] = {1, 0, 2}, is_other[] = {0, 1, 0};
+    Packed squeeze(kBFloat16, 0, 13, 3 * d), narrow(kBFloat16, 0, outputs, 13), wide(kBFloat16, 0, outputs, d);
+    Floats bias(outputs), firsts(outputs);
+    std::unique_ptr<int32_t[]> early(new int32_t[tokens]), others(new int32_t[tokens]);
+    for (int n = 0; n < tokens; n++) early[n] = draw() % 4 > 0, others[n] = n ? n - 1 : 0;
+    reading.last_layer = 1;
+    const Ahead two = {reads, columns, is_other, others.get(), early.get(), bias, firsts, squeeze.m, narrow.m, 3, 1};
+    const Ahead one = {reads + 1, columns + 1, is_other + 1, others.get(), early.get(), bias, firsts, {}, wide.m, 1, 0};
+    rheostat_read_ahead(&decoder, &reading, &two, threads);
+    rheostat_read_ahead(&decoder, &reading, &one, threads);
+}
+
 static void readings(int threads) {
     const int d = 37, heads = 4, kv = 2, dim = 11, u = 5, num_layers = 2, slots = 90;
     const int32_t sizes[] = {15, 33, 61}, lengths[] = {50, 1, 7}, pasts[] = {0, 3, 80}, rows[] = {2, 0, 1};
@@ -164,6 +179,7 @@ static void readings(int threads) {
             Reading reading = {hidden, positions.get(), rule ? (float*)settings : nullptr, lengths, pasts, rows, keys.get(),
                                values.get(), (int64_t)n / num_layers, cos, sin, experts.get(), 3, tokens, 0, num_layers};
             rheostat_read_prompts(&decoder, &reading, threads);
+            ahead_of(decoder, reading, threads);
         }
 }
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rheostat.errors import SettingError
 from rheostat.kernels import pack
-from rheostat.kernels.packed import aligned_bytes, check_edges, quantise_groups
+from rheostat.kernels.packed import check_edges, quantise_groups
 from tests.kernels.cases import FORMATS, distance, random_matrix
 
 LOSS = {"fp32": 0.0, "bf16": 3e-3, "fp16": 4e-4, "int8": 1e-2, "int4": 0.2}
@@ -94,9 +94,3 @@ def test_a_group_never_straddles_an_experts_edge():
         check_edges((96, 256), down)
     check_edges((96, 256), pack(torch.randn(16, 256), "int4", 32))
     check_edges((7, 256), pack(torch.randn(16, 256), "int8"))
-
-
-def test_a_large_piece_of_memory_begins_at_a_huge_page():
-    piece = aligned_bytes(5 << 20)
-    assert piece.data_ptr() % (2 << 20) == 0
-    assert piece.nbytes == 5 << 20

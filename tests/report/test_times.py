@@ -30,3 +30,19 @@ def test_the_longest_prompt_at_the_first_batch_size():
     assert (dial["side"], dial["compute"], dial["prompt"], dial["batch"]) == ("dial", 0.8, 64, 2)
     assert dial["ttft_ms"] == {"median": 250.0, "low": 125.0, "high": 500.0}
     assert dial["tokens_per_s"] == pytest.approx({"median": 8.0, "low": 4.0, "high": 16.0})
+
+
+def test_what_drafting_came_to_is_kept():
+    drafted = row("native", "native int8 self 0.8", 64, 2, 0.2)
+    drafted["token"]["bytes"] = 1000
+    drafted["drafts"] = {"acceptance": 0.5, "acceptance_by_place": [0.75, 0.25], "tokens_per_round": 2.0, "rounds": 9}
+    plain = row("native", "native int8 0.8", 64, 2, 0.2) | {"drafts": None}
+    one, other = times({"settings": {"prompts": [64], "batch": [2]}, "rows": [drafted, plain]})
+    assert one["side"] == "native int8 self"
+    assert one["drafts"] == {
+        "acceptance": 0.5,
+        "acceptance_by_place": [0.75, 0.25],
+        "tokens_per_round": 2.0,
+        "bytes_per_token": 500.0,
+    }
+    assert "drafts" not in other

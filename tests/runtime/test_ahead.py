@@ -12,7 +12,7 @@ from rheostat.calibration import calibrate
 from rheostat.decode import stream
 from rheostat.methods import Chain, DynaMoE
 from rheostat.methods.kv_prediction import KVPrediction
-from rheostat.runtime.ahead import Pieces
+from rheostat.runtime.ahead import Pieces, before
 from rheostat.runtime.batch import Batch
 from rheostat.runtime.prefill import Prompt
 from rheostat.spending import spend
@@ -139,10 +139,11 @@ def test_other_formats_are_near_and_their_bytes_are_counted(format):
     near = Batch.read(runtime, IDS, MASK, settings)
     assert 0 < float((near.logits - exact.logits).norm() / exact.logits.norm()) < 0.15
     held, maps = runtime.nbytes["prefill"], runtime.ahead.layers[1]
-    itemsize = runtime.maps(1).squeeze.element_size()
+    own = {one.nbytes: one for one in runtime.maps(1).matrices}
+    shared = [one for one in own.values() if isinstance(one, torch.Tensor) and one is maps.squeeze]
+    assert runtime.maps(1).num_weights == maps.num_weights
     runtime.forms._maps.clear()
-    shared = maps.squeeze.numel() if itemsize == 4 else 0
-    assert held - runtime.nbytes["prefill"] == itemsize * (maps.num_weights - shared)
+    assert held - runtime.nbytes["prefill"] == sum(own) - sum(one.nbytes for one in shared)
 
 
 @torch.inference_mode()
@@ -168,3 +169,10 @@ def test_pieces():
     early, late = pieces.split([prompt.token_ids])
     assert torch.equal(early[0], pieces.early.token_ids)
     assert torch.equal(late[0], pieces.late.token_ids)
+
+
+def test_the_token_before():
+    prompt = Prompt.of(IDS, MASK, rows=[4, 0, 2], pasts=[0, 7, 0])
+    first = [0, 1, *range(1, 19)]  # itself, and itself after a text's first token
+    second = [20, *range(20, 32)]  # itself where the one before was read in an earlier pass
+    assert before(prompt).tolist() == [*first, *second, 33]

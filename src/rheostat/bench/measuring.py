@@ -113,6 +113,7 @@ def rows(
             "new": new,
             "asked": side.spec.compute,
             "compute": bill.compute,
+            "drafts": bill.drafts,
         }
         costs = {"first_token": (bill.prefill, 1), "token": (bill.decode, bill.num_steps)}
         for phase in PHASES:

@@ -47,13 +47,13 @@ class NativeSide(Side):
         with torch.inference_mode(), spend(self.compute, keep_passes=False):
             yield
 
-    def prefill(self, ids: torch.Tensor) -> tuple[Batch, torch.Tensor]:
+    def prefill(self, ids: torch.Tensor) -> Any:
         """One pass over the prompts [B, T]."""
         settings = self.adapted.settings("prefill", len(ids))
         batch = Batch.read(self.runtime, ids, None, settings, num_new=self.spec.context)
         return batch, most_likely(batch.logits)
 
-    def decode(self, state: tuple[Batch, torch.Tensor]) -> tuple[Batch, torch.Tensor]:
+    def decode(self, state: Any) -> Any:
         """One pass over one token a row."""
         batch, token_ids = state
         setting = self.runtime.setting(self.adapted.settings("decode", len(token_ids)))
@@ -79,6 +79,7 @@ class NativeSide(Side):
             self._held(decode.cost, runtime.decode_weights),
             num_steps,
             used.flops.flat / dense.flops.flat,
+            decode.speculation.to_dict() if decode.speculation.num_rounds else None,
         )
 
     def _held(self, cost: Cost, form: DecoderWeights) -> Cost:
@@ -99,6 +100,8 @@ class NativeSide(Side):
         shares = {
             part: sum(a.nbytes for a, _ in pairs) / sum(b.nbytes for _, b in pairs) for part, pairs in part_of.items()
         }
+        if self.spec.draft != "self":  # whose bytes are those of its own form already
+            shares["draft"] = shares["ffn"]
         shares["scores"] = self.runtime.cache_dtype.itemsize / itemsize
         names: dict[str, Any] = {
             part: round(getattr(cost.bytes, part) * shares.get(part, 1.0)) for part in Parts.__dataclass_fields__

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from rheostat.bench.timing import Clock, fastest, waiter
-from rheostat.conversion import cache_folder
 from rheostat.errors import SettingError
+from rheostat.folders import cache_folder
 from rheostat.methods.base import Progress, no_progress
 from rheostat.provenance import hardware
 from rheostat.report import to_json, write_whole

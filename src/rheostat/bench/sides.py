@@ -49,6 +49,10 @@ class SideSpec:
     """Tokens that the cache must hold (llama.cpp asks in advance)."""
     weights: str = "auto"
     """Format of our own runtime's weights."""
+    draft: str = ""
+    """Who drafts on our own runtime; empty for nobody."""
+    draft_length: int | str = 4
+    """Tokens drafted a round, or `auto`."""
 
     @property
     def label(self) -> str:
@@ -56,7 +60,7 @@ class SideSpec:
         if self.kind == "dial":
             return f"dial {self.compute:g}"
         if self.kind == "native":
-            return f"native {self.weights} {self.compute:g}"
+            return " ".join(filter(None, ("native", self.weights, self.draft, f"{self.compute:g}")))
         return f"{self.kind} {self.dtype}".strip()
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,6 +78,8 @@ class Spent:
     num_steps: int
     compute: float = 1.0
     """Fraction of the dense model's FLOPs spent, prompt and answer together, attention over the context left out."""
+    drafts: dict[str, Any] | None = None
+    """What drafting came to (`meter.Speculation.to_dict`), where somebody drafted."""
 
 
 class Side(ABC):
@@ -222,9 +228,11 @@ def make_side(spec: SideSpec, adapted: Adapted | None = None, twin: Side | None 
             adapted = found if isinstance(found, Adapted) else Adapted(found)
         if spec.kind == "dial":
             return TorchSide(spec, adapted.model, adapted.method)
-        from rheostat.bench.native import NativeSide  # here, because it builds on this module
+        from rheostat.bench.drafted import DraftedSide  # here, because they build on this module
+        from rheostat.bench.native import NativeSide
 
-        return NativeSide(spec, adapted, twin.runtime if isinstance(twin, NativeSide) else None)
+        kind = DraftedSide if spec.draft else NativeSide
+        return kind(spec, adapted, twin.runtime if isinstance(twin, NativeSide) else None)
     if spec.kind == "llama.cpp":
         from rheostat.bench.llama import LlamaSide
 

@@ -50,6 +50,19 @@ def phase_table(found: Sequence[dict[str, Any]], phase: str, title: str, column:
     return table
 
 
+def drafts_table(found: Sequence[dict[str, Any]]) -> Table:
+    """What drafting came to, of the rows in which somebody drafted."""
+    table = _table("drafts", "prompt", "batch", "side", "accepted", "by place", "tokens a round", "bytes a token")
+    for row in found:
+        if (drafts := row["drafts"]) is None:
+            continue
+        places = " ".join(f"{share:.2f}" for share in drafts["acceptance_by_place"])
+        cells = (f"{drafts['acceptance']:.2f}", places, f"{drafts['tokens_per_round']:.2f}")
+        held = f"{short(row['token']['bytes'] / row['batch'])}B"
+        table.add_row(str(row["prompt"]), str(row["batch"]), row["side"], *cells, held)
+    return table
+
+
 def memory_table(found: Iterable[dict[str, Any]]) -> Table:
     """What each side holds."""
     found = list(found)

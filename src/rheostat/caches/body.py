@@ -34,9 +34,9 @@ class Body:
         planes = Planes(upper, lower[0] if lower else None, scale, zero)
         return dequantise(planes, self.axis, self.group_size, bits)
 
-    def select(self, rows: list[int]) -> None:
-        """Keep these rows, in this order."""
-        self.tensors = [t[rows] for t in self.tensors]
+    def select(self, rows: list[int], num_tokens: int) -> None:
+        """Keep these rows, in this order, and the first `num_tokens` tokens: as many as the longest of them has."""
+        self.tensors = [resized(t[rows], num_tokens // self._tokens_per_entry(i)) for i, t in enumerate(self.tensors)]
 
     def _tokens_per_entry(self, i: int) -> int:
         is_per_group = i >= self.num_planes

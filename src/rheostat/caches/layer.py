@@ -121,7 +121,7 @@ class HierarchicalLayer(RewindableLayer):
         self.body_lengths = [self.body_lengths[row] for row in rows]
         self._buffer = (self._buffer[0][rows], self._buffer[1][rows])
         for body in self._body:
-            body.select(rows)
+            body.select(rows, max(self.body_lengths, default=0))  # `contents` takes it to end where the longest does
         self._read = {}
 
     # -- ours

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ from rheostat import report
 from rheostat.config import Common
 from rheostat.errors import bad_setting
 
+logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rheostat.adapted import Adapted
+    from rheostat.wording import Wording
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Loaded:
     """A model that a command was given, dense or adapted."""
 
     adapted: Adapted
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | Wording
     source: str
     is_artifact: bool
 
@@ -70,6 +74,29 @@ def load(source: str, config: Common) -> Loaded:
     if isinstance(adapted, Adapted):
         return Loaded(adapted, tokenizer, source, True)
     return Loaded(Adapted(found), tokenizer, source, False)
+
+
+def load_lean(source: str, config: Common) -> Loaded | None:
+    """An artifact for our own runtime alone, without importing `transformers`; None where that cannot be, or where
+    nothing would come of it.
+
+    Raises:
+        SettingError: it is damaged, or a setting is not allowed.
+    """
+    if not is_artifact(source) or config.device != "cpu":
+        return None
+    import torch
+
+    from rheostat.checkpoints import check_dtype
+    from rheostat.lean import load_lean as load_artifact
+    from rheostat.skeleton import Unknown
+
+    torch.manual_seed(config.seed)
+    try:
+        return Loaded(*load_artifact(Path(source).expanduser(), dtype=check_dtype(config.dtype)), source, True)
+    except Unknown as reason:
+        logger.debug("transformers loads %s: not known without it is %s", source, reason)
+        return None
 
 
 def check_computes(adapted: Adapted, computes: Sequence[float]) -> None:

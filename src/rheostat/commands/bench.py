@@ -50,6 +50,10 @@ class Config(Common):
     weights: tuple[str, ...] = setting(
         ("bf16", "int8"), help="formats to try our own runtime in: fp32, bf16, fp16, int8, int4; empty for none"
     )
+    draft: tuple[str, ...] = setting(
+        (), help="time our own runtime with drafts too: self, low_dial, prompt_lookup (default: none)"
+    )
+    draft_length: str = setting("4", help="tokens to guess at a time, at most; auto takes what pays by measured times")
     llama: bool = setting(True, help="run llama.cpp too, where it is installed and the GGUF file is known")
     gguf: str | None = setting(None, help="the model's GGUF file (default: a bundled model's own)")
     memory: bool = setting(True, help="measure peak memory, each side in a new process")
@@ -87,8 +91,21 @@ def _check(config: Config) -> None:
     for name, value, least in (("new", config.new, 2), ("rounds", config.rounds, 1), ("threads", config.threads, 0)):
         if value < least:
             raise bad_setting(name, value, f"{least} or more")
+    if config.draft:
+        _draft_length(config)
+        if not config.weights:
+            raise bad_setting("draft", ",".join(config.draft), "left out where --weights is empty")
     if config.out is not None:
         check_output(config.out, overwrite=True, is_replaced=False)
+
+
+def _draft_length(config: Config) -> int | str:
+    from rheostat.speculate.pacing import Pace
+
+    given = config.draft_length
+    length = int(given) if given.lstrip("-").isdigit() else given
+    Pace.of(length)
+    return length
 
 
 # -- the machine alone
@@ -122,6 +139,7 @@ def _bench(config: Config, model: str) -> dict[str, Any]:
     loaded = load(model, config)
     computes = config.compute or tuple(c for c in DEFAULT_COMPUTE if c >= loaded.adapted.dial.low)
     check_computes(loaded.adapted, computes)
+    _check_drafts(config, loaded)
     longest = max(config.prompts)
     check_context(loaded.adapted, "prompts", longest, longest + config.new)
     windows = _windows(config, loaded)
@@ -131,7 +149,7 @@ def _bench(config: Config, model: str) -> dict[str, Any]:
         "model": model,
         "method": loaded.adapted.method.to_dict(),
         "settings": {name: getattr(config, name) for name in ("new", "rounds", "dtype", "data", "device")}
-        | {name: list(getattr(config, name)) for name in ("prompts", "batch", "stock", "weights")}
+        | {name: list(getattr(config, name)) for name in ("prompts", "batch", "stock", "weights", "draft")}
         | {"compute": list(computes)},
         "load": load_before,
         "rows": [],
@@ -155,6 +173,14 @@ def _bench(config: Config, model: str) -> dict[str, Any]:
     _show(figures)
     _write(config, figures)
     return figures
+
+
+def _check_drafts(config: Config, loaded: Loaded) -> None:
+    if config.draft:
+        from rheostat.bench.drafted import check_drafter
+
+        for name in config.draft:
+            check_drafter(name, loaded.adapted)
 
 
 def _windows(config: Config, loaded: Loaded) -> torch.Tensor:
@@ -214,6 +240,12 @@ def _native_specs(
             continue
         wanted = common | {"kind": "native", "weights": format, "context": config.new}
         specs += [SideSpec(compute=compute, **wanted) for compute in computes]
+        drafted = wanted | ({"draft_length": _draft_length(config)} if config.draft else {})
+        specs += [
+            SideSpec(compute=compute, draft=draft, **drafted)
+            for draft in dict.fromkeys(config.draft)
+            for compute in computes
+        ]
     return specs
 
 
@@ -278,6 +310,9 @@ def _show(figures: dict[str, Any]) -> None:
         if len({row["batch"] for row in by_batch}) > 1:
             out.print(tables.phase_table(by_batch, "token", f"tokens/s against batch, prompt {first_prompt}", "batch"))
             out.print()
+    if any(row["drafts"] for row in figures.get("rows", ())):
+        out.print(tables.drafts_table(figures["rows"]))
+        out.print()
     if figures.get("memory"):
         out.print(tables.memory_table(figures["memory"]))
         out.print()

@@ -14,12 +14,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from rheostat import terminal
-from rheostat.commands import Loaded, check_computes, check_context, load
+from rheostat.commands import Loaded, check_computes, check_context, load, load_lean
+from rheostat.commands.bills import asked, make_bill, show_bill
+from rheostat.commands.writer import Writer
 from rheostat.config import Common, setting
 from rheostat.errors import SettingError, bad_setting
 
@@ -27,11 +29,9 @@ if TYPE_CHECKING:
     import torch
 
     from rheostat.meter import Meter
+    from rheostat.runtime.engine import Runtime
     from rheostat.sampling import Sampling
     from rheostat.speculate.drafter import Drafter
-
-LONGEST_CHARACTER = 3
-"""Bytes of a UTF-8 character that can come before its last; each may show as a replacement character."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +66,14 @@ def run(config: Config) -> dict[str, Any]:
         SettingError: a setting is out of range, or the prompt cannot be used.
     """
     from rheostat.sampling import Sampling
+    from rheostat.skeleton import Skeleton
 
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     if config.max_new_tokens < 1:
         raise bad_setting("max_new_tokens", config.max_new_tokens, "1 or more")
     if not config.compute:
         raise bad_setting("compute", config.compute, "at least one number")
-    loaded = load(config.model, config)
+    loaded = _load(config)
     phases = [_by_phase(config, compute) for compute in config.compute]
     check_computes(loaded.adapted, [value for one in phases for value in one.values()])
     input_ids = _prompt_ids(config, loaded)
@@ -81,10 +82,12 @@ def run(config: Config) -> dict[str, Any]:
 
     drafting = _drafting(config, loaded)
     native = loaded.adapted.runtime(config.runtime, config.weights, with_forms=True)
+    if native is None and isinstance(loaded.adapted.model, Skeleton):
+        loaded = load(config.model, config)
     if drafting is not None and loaded.adapted.draft_host(drafting[0], config.runtime, config.weights) is None:
         native = None
     if native is not None:
-        native.prepare(draft=config.draft == "self")
+        native.prepare(decode=drafting is not None, draft=config.draft == "self")
     runs_on = "transformers" if native is None else f"native {native.format}"
     low = _cheapest_width(loaded)
     coloured = terminal.uses_colour(sys.stdout) and low < 1
@@ -94,60 +97,26 @@ def run(config: Config) -> dict[str, Any]:
     answers = []
     for one in phases:
         if len(phases) > 1:
-            out.rule(f"compute {_asked(one)}", align="left", style="dim", characters="-")
+            out.rule(f"compute {asked(one)}", align="left", style="dim", characters="-")
         writer = Writer(sys.stdout, loaded.tokenizer.decode, low if coloured else None)
-        answer = _answer(config, loaded, input_ids, one, sampling, writer, drafting)
+        answer = _answer(config, loaded, input_ids, one, sampling, writer, drafting, native)
         out.print()
         answer["runtime"] = runs_on
-        _show_bill(answer)
+        show_bill(answer)
         answers.append(answer)
     figures: dict[str, Any] = {"prompt": config.prompt, "answers": answers}
     return figures | {"provenance": loaded.origin(config.seed)} if config.json else figures
 
 
+def _load(config: Config) -> Loaded:
+    """Without `transformers` where our own runtime is all that is wanted: then the first token is there sooner."""
+    found = None
+    if config.runtime != "stock" and config.draft is None:
+        found = load_lean(config.model, config)
+    return found or load(config.model, config)
+
+
 # -- the answer
-
-
-class Writer:
-    """Writes tokens as they come, as text: holds back the bytes of a character that is not whole yet."""
-
-    def __init__(self, stream: TextIO, decode: Callable[..., Any], low: float | None) -> None:
-        self.stream, self.decode, self.low = stream, decode, low
-        self.token_ids: list[int] = []
-        self.text = ""
-        """Written so far."""
-
-    def push(self, token_id: int, fraction: float) -> None:
-        """Take the next token, whose FFN width was `fraction`."""
-        self.token_ids.append(token_id)
-        text = self._decoded()
-        self._write(text[: len(text) - num_unsettled(text)], fraction)
-        self.fraction = fraction
-
-    def finish(self) -> None:
-        """Write what was held back."""
-        if self.token_ids:
-            self._write(self._decoded(), self.fraction)
-
-    def _decoded(self) -> str:
-        # From the beginning, because how a token reads depends on those before it.
-        return self.decode(self.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _write(self, settled: str, fraction: float) -> None:
-        piece = settled[len(self.text) :]
-        if not piece:
-            return
-        self.text += piece
-        piece = terminal.printable(piece)
-        if self.low is not None:
-            piece = terminal.paint(piece, terminal.ramp_colour(fraction, self.low))
-        self.stream.write(piece)
-        self.stream.flush()
-
-
-def num_unsettled(text: str) -> int:
-    """How many characters at the end the next bytes may change: replacement characters, up to the limit."""
-    return min(len(text) - len(text.rstrip("\ufffd")), LONGEST_CHARACTER)
 
 
 def _answer(
@@ -158,6 +127,7 @@ def _answer(
     sampling: Sampling,
     writer: Writer,
     drafting: tuple[Drafter, int | str] | None,
+    native: Runtime | None,
 ) -> dict[str, Any]:
     import torch
 
@@ -177,6 +147,8 @@ def _answer(
                 seconds.append(took)
                 fractions.append(fraction)
                 writer.push(token, fraction)
+            if native is not None and len(seconds) < config.max_new_tokens:
+                native.prepare()  # once: after the first token is out, and before the clock of the next one
     writer.finish()
     return {
         "asked": compute,
@@ -184,7 +156,7 @@ def _answer(
         "token_ids": writer.token_ids,
         "tokens": [loaded.tokenizer.decode([token]) for token in writer.token_ids],
         "ffn_fractions": fractions,
-        "bill": _bill(meter, input_ids.shape[1], seconds),
+        "bill": make_bill(meter, input_ids.shape[1], seconds),
     }
 
 
@@ -194,11 +166,11 @@ def _drafting(config: Config, loaded: Loaded) -> tuple[Drafter, int | str] | Non
     Raises:
         SettingError: no such drafter, or one that this model cannot have.
     """
+    if config.draft is None:
+        return None
     from rheostat.speculate.generating import DRAFTERS, make_drafter
     from rheostat.speculate.pacing import Pace
 
-    if config.draft is None:
-        return None
     length = int(config.draft_length) if config.draft_length.lstrip("-").isdigit() else config.draft_length
     Pace.of(length)
     if config.draft not in DRAFTERS and _is_model(config.draft):
@@ -244,7 +216,6 @@ def _steps(
 ) -> Iterator[list[int]]:
     """The answer's tokens as they come: one at a time, or with a draft several."""
     from rheostat.decode import stream
-    from rheostat.speculate.loop import Ending, speculate
 
     adapted, limit, ends = loaded.adapted, config.max_new_tokens, _end_ids(loaded)
     if drafting is None:
@@ -260,6 +231,8 @@ def _steps(
         ):
             yield step.token_ids.tolist()
         return
+    from rheostat.speculate.loop import Ending, speculate  # here, because a first token does not wait for it
+
     drafter, length = drafting
     for one in speculate(
         adapted.model,
@@ -283,51 +256,6 @@ def _newest_fractions(meter: Meter, number: int) -> list[float]:
     return [n / full for n in (channels[:number] if newest.phase == "decode" else channels[-number:])]
 
 
-def _bill(meter: Meter, num_prompt_tokens: int, seconds: Sequence[float]) -> dict[str, Any]:
-    later = seconds[1:]
-    return {
-        "prompt_tokens": num_prompt_tokens,
-        "new_tokens": len(seconds),
-        "compute": meter.compute,
-        "compute_with_context": meter.compute_with_context,
-        "ffn_fraction": meter.ffn_fraction,
-        "layer_fractions": meter.layer_fractions(),
-        "flops": meter.cost.flops.total,
-        "dense_flops": meter.dense.flops.total,
-        "cost": meter.cost.to_dict(),
-        "dense_cost": meter.dense.to_dict(),
-        "first_token_ms": 1e3 * seconds[0],
-        "ms_per_token": 1e3 * sum(later) / len(later) if later else None,
-        "speculation": meter.speculation.to_dict() if meter.speculation.num_rounds else None,
-    }
-
-
-def _show_bill(answer: dict[str, Any]) -> None:
-    bill = answer["bill"]
-    out = terminal.console()
-    flops, dense = terminal.short(bill["flops"]), terminal.short(bill["dense_flops"])
-    speed = "" if bill["ms_per_token"] is None else f", then {bill['ms_per_token']:.1f} ms a token"
-    out.print()
-    out.print(f"tokens   {bill['prompt_tokens']} in, {bill['new_tokens']} out")
-    out.print(
-        f"compute  {bill['compute']:.3f} of dense spent, {_asked(answer['asked'])} asked "
-        f"({bill['compute_with_context']:.3f} with attention over the context)"
-    )
-    out.print(f"flops    {flops}, dense {dense}")
-    layers = bill["layer_fractions"]
-    out.print(
-        f"width    {bill['ffn_fraction']:.0%} of the FFN"
-        + (f", by layer {terminal.sparkline(layers)}" if layers else "")
-    )
-    if drafts := bill["speculation"]:
-        places = ", ".join(f"{share:.0%}" for share in drafts["acceptance_by_place"])
-        rate = f"{drafts['tokens_per_round']:.2f} tokens a round"
-        out.print(f"drafts   {drafts['accepted']} of {drafts['drafted']} accepted, by place {places or '-'}; {rate}")
-        if drafts["verdict"]:
-            out.print(f"         {drafts['verdict']}")
-    out.print(f"time     {bill['first_token_ms']:.0f} ms to the first token{speed} ({answer['runtime']})")
-
-
 # -- the request
 
 
@@ -337,12 +265,6 @@ def _by_phase(config: Config, compute: float) -> dict[str, float]:
         "prefill": compute if prefill is None else prefill,
         "decode": compute if decode is None else decode,
     }
-
-
-def _asked(compute: dict[str, float]) -> str:
-    if compute["prefill"] == compute["decode"]:
-        return f"{compute['decode']:g}"
-    return f"{compute['prefill']:g} for the prompt and {compute['decode']:g} for the answer"
 
 
 def _prompt_ids(config: Config, loaded: Loaded) -> torch.Tensor:

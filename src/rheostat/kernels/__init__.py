@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from rheostat.kernels import native, plain
+from rheostat.kernels.ahead import NativeAhead
 from rheostat.kernels.build import library
 from rheostat.kernels.decoder import NativeDecoder
 from rheostat.kernels.packed import FORMATS, PackedMatrix, pack
@@ -17,6 +18,7 @@ from rheostat.kernels.reader import NativeReader, reads_prompts
 
 __all__ = [
     "FORMATS",
+    "NativeAhead",
     "NativeDecoder",
     "NativeReader",
     "PackedMatrix",

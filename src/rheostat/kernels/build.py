@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-from rheostat.conversion import cache_folder
 from rheostat.errors import SettingError, bad_setting
+from rheostat.folders import cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,24 @@ from rheostat.kernels.packed import CMatrix
 
 AVX512 = 2
 """What `rheostat_level` calls that level."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call hands to native code, and what it brings back."""
+
+    decoder: structs.CDecoder
+    reading: structs.CReading
+    experts: torch.Tensor | None
+    """[L, N] int32; None where no router is asked."""
+    routed: list[int]
+    """The layers that have a router."""
+    alive: tuple[Any, ...]
+    """What the structures point at."""
+
+    def chosen(self) -> list[torch.Tensor] | None:
+        """Experts [N] int64 of each routed layer; None where no router was asked."""
+        return None if self.experts is None else [self.experts[place].long() for place in self.routed]
 
 
 class NativeReader:
@@ -31,7 +50,7 @@ class NativeReader:
         Raises:
             SettingError: something that the native code cannot do.
         """
-        self._library, self._weights, self._keep = library, weights, structs.Keep()
+        self.library, self._weights, self._keep = library, weights, structs.Keep()
         self._attention = (weights.num_heads, weights.num_kv_heads, weights.head_dim)
         structs.check_attention(*self._attention, torch.float32)
         layers = [describe_layer(self._keep, layer, weights.activation) for layer in weights.layers]
@@ -68,9 +87,25 @@ class NativeReader:
         Raises:
             SettingError: the tokens do not fit the cache or the decoder.
         """
-        self._check(layers, h, prompt, cache)
-        if not len(h) or not len(layers):
+        if not len(layers) or not len(h):
             return None
+        call = self.prepare(layers, h, prompt, cache, settings, rope)
+        self.library.rheostat_read_prompts(
+            ctypes.byref(call.decoder), ctypes.byref(call.reading), torch.get_num_threads()
+        )
+        return call.chosen()
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Layers, width D, and 2 K d: keys and values of one token in one layer."""
+        _, num_kv_heads, head_dim = self._attention
+        return len(self._weights.layers), self._weights.hidden_size, 2 * num_kv_heads * head_dim
+
+    def prepare(
+        self, layers: range, h: torch.Tensor, prompt: Any, cache: Any, settings: torch.Tensor | None, rope: Any
+    ) -> Call:
+        """What native code is given for `layers`; arguments and errors are those of a call."""
+        self._check(layers, h, prompt, cache)
         cache.reserve(max(prompt.ends))
         table = rope.reserve(max(prompt.ends))
         routed = [place for place in layers if self._weights.layers[place].ffn.router is not None]
@@ -91,8 +126,7 @@ class NativeReader:
         )
         numbers = (len(lengths), len(h), layers.start, layers.stop)
         reading = structs.CReading(*before, cache.keys.stride(0), *after, *numbers)
-        self._library.rheostat_read_prompts(ctypes.byref(decoder), ctypes.byref(reading), torch.get_num_threads())
-        return None if experts is None else [experts[place].long() for place in routed]
+        return Call(decoder, reading, experts, routed, (*held, table))
 
     def _check(self, layers: range, h: torch.Tensor, prompt: Any, cache: Any) -> None:
         weights, held = self._weights, cache.keys.shape

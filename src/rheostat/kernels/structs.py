@@ -172,6 +172,24 @@ class CReading(ctypes.Structure):
     )
 
 
+class CAhead(ctypes.Structure):
+    """`Ahead` of native/ahead.h."""
+
+    _fields_ = (
+        ("reads", _pointer),
+        ("columns", _pointer),
+        ("is_other", _pointer),
+        ("others", _pointer),
+        ("is_early", _pointer),
+        ("bias", _pointer),
+        ("firsts", _pointer),
+        ("squeeze", CMatrix),
+        ("maps", CMatrix),
+        ("num_reads", _int),
+        ("has_squeeze", _int),
+    )
+
+
 class Keep:
     """Holds on to what structures point at."""
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
-from transformers import DynamicCache
 
 from rheostat import families
 from rheostat.cost import Cost, dense_cost
@@ -74,6 +73,9 @@ class Method:
     stages: ClassVar[frozenset[str]] = frozenset()
     is_permanent: ClassVar[bool] = False
     """The method changes weights for good: detaching cannot bring the original model back."""
+    needs_host: ClassVar[bool] = True
+    """Attaching, loading and running need the model's own code. Where they touch its parameters alone, a `Skeleton`
+    will do for our own runtime."""
     reads_prompts: ClassVar[bool] = False
     """`prefill` does more than run the model on the prompt; the host's `generate` then reads prompts through it."""
 
@@ -234,6 +236,8 @@ class Method:
 
     def make_cache(self, model: PreTrainedModel) -> Cache:
         """An empty cache for `model`."""
+        from transformers import DynamicCache
+
         return DynamicCache(config=model.config)
 
     def prefill(

@@ -129,6 +129,19 @@ class Spread(TypedDict):
     """Upper quartile."""
 
 
+class Drafts(TypedDict):
+    """What drafting came to."""
+
+    acceptance: float
+    """Accepted tokens / drafted tokens."""
+    acceptance_by_place: list[float]
+    """The same at each place of a draft."""
+    tokens_per_round: float
+    """Tokens written for each pass of the model."""
+    bytes_per_token: float
+    """Read and written for one token of the answer, drafting included."""
+
+
 class Bench(TypedDict):
     """Speed of one side at one setting of the dial."""
 
@@ -144,6 +157,8 @@ class Bench(TypedDict):
     prompt: NotRequired[int]
     """Tokens of the prompt."""
     batch: NotRequired[int]
+    drafts: NotRequired[Drafts]
+    """Where somebody drafted."""
 
 
 class Task(TypedDict):

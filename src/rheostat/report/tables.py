@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rheostat.report.curves import CLOCKS, spread
-from rheostat.report.schema import Report, Run, Text, kind_of
+from rheostat.report.schema import Drafts, Report, Run, Text, kind_of
 from rheostat.terminal import short
 
 NONE = "n/a"
@@ -86,16 +86,28 @@ def _bytes(run: Run, dense: Run) -> tuple[str, str]:
 def bench(report: Report) -> Table | None:
     """Measured times."""
     keys = [*CLOCKS, "tokens_per_s"]
+    found = report.get("bench", [])
+    has_drafts = any("drafts" in one for one in found)
     rows = tuple(
         (
             one["side"],
             NONE if one["compute"] is None else f"{one['compute']:g}",
             *(_spread_cell(one.get(key)) for key in keys),
+            *(_drafts_cells(one.get("drafts")) if has_drafts else ()),
         )
-        for one in report.get("bench", [])
+        for one in found
     )
     headings = ("side", "compute", "each decoded token, ms", "first token, ms", "tokens/s")
-    return Table(headings=headings, rows=rows, num_words=1) if rows else None
+    more = ("accepted drafts", "by place", "tokens a round", "bytes a token") if has_drafts else ()
+    return Table(headings=(*headings, *more), rows=rows, num_words=1) if rows else None
+
+
+def _drafts_cells(drafts: Drafts | None) -> tuple[str, ...]:
+    if drafts is None:
+        return (NONE,) * 4
+    places = " ".join(f"{share:.2f}" for share in drafts["acceptance_by_place"])
+    rate = f"{drafts['tokens_per_round']:.2f}"
+    return (f"{drafts['acceptance']:.2f}", places, rate, f"{short(drafts['bytes_per_token'])}B")
 
 
 def _spread_cell(value: Any) -> str:

@@ -22,8 +22,8 @@ def times(figures: Mapping[str, Any]) -> list[Bench]:
 
 def _row(row: Mapping[str, Any]) -> Bench:
     is_dial = row["kind"] in ("dial", "native")
-    seconds = row["token"]["seconds"]
-    return {
+    seconds, drafts = row["token"]["seconds"], row.get("drafts")
+    one: Bench = {
         "side": row["side"].removesuffix(f" {row['asked']:g}") if is_dial else row["side"],
         "compute": row["asked"] if is_dial else None,
         "ttft_ms": _milliseconds(row["first_token"]["seconds"]),
@@ -36,6 +36,14 @@ def _row(row: Mapping[str, Any]) -> Bench:
         "prompt": row["prompt"],
         "batch": row["batch"],
     }
+    if drafts is not None:
+        one["drafts"] = {
+            "acceptance": drafts["acceptance"],
+            "acceptance_by_place": drafts["acceptance_by_place"],
+            "tokens_per_round": drafts["tokens_per_round"],
+            "bytes_per_token": row["token"]["bytes"] / row["batch"],
+        }
+    return one
 
 
 def _milliseconds(seconds: Mapping[str, float]) -> Spread:

@@ -80,15 +80,30 @@ def read_ahead(
     """
     cache.reserve(max(prompt.ends))
     h = embed(weights, prompt)
-    features: list[torch.Tensor] = []
+    if maps.reader is not None:
+        chosen: list[torch.Tensor] | None = maps.reader(
+            h, prompt, ~pieces.is_late, before(prompt), cache, settings, rope
+        )
+        return h[pieces.is_late], chosen
+    read: dict[int, torch.Tensor] = {}
     experts: list[torch.Tensor] = []
-    for start, stop in pairwise([*sorted({0, *maps.reads, maps.depth}), maps.depth]):
-        if start in maps.reads:
-            x = rms_norm(h, weights.layers[start].input_norm, weights.eps)
-            features.append(x.to(dense(maps.maps[0]).dtype))
+    for start, stop in pairwise([*sorted({0, *maps.reads, *maps.previous, maps.depth}), maps.depth]):
+        x = rms_norm(h, weights.layers[start].input_norm, weights.eps)
+        read[start] = x.to(dense(maps.maps[0]).dtype)
         experts += run_layers(weights, range(start, stop), h, prompt, cache, settings, rope) or []
+    befores = before(prompt)
+    features = [read[layer] for layer in maps.reads] + [read[layer][befores] for layer in maps.previous]
     _predict(weights, maps, torch.cat(features, -1), prompt, pieces, cache, rope)
     return h[pieces.is_late], experts or None
+
+
+def before(prompt: Prompt) -> torch.Tensor:
+    """[N], where the token before each is among the packed; itself where that is a text's first, or not among them."""
+    places = torch.arange(len(prompt.positions))
+    starts = prompt.lasts + 1 - torch.tensor(prompt.lengths)
+    is_odd = prompt.positions <= 1
+    is_odd[starts[torch.tensor(prompt.lengths) > 0]] = True
+    return torch.where(is_odd, places, places - 1)
 
 
 def _predict(

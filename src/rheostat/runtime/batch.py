@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rheostat.meter import Meter
 from rheostat.runtime import plain
@@ -140,15 +139,17 @@ class Batch:
         Returns:
             Logits [N, V], valid until the next call, and the experts [L, N] that were taken, if any were chosen.
         """
-        number = torch.tensor(counts)
-        ends = number.cumsum(0)
-        firsts = (self.positions - (ends - number)).repeat_interleave(number)
-        given = None if settings is None else settings.repeat_interleave(number)
-        positions = firsts + torch.arange(len(token_ids))
+        number: torch.Tensor | int = 1
+        positions, given, asked = self.positions, settings, None
+        if any(count != 1 for count in counts):  # a draft's own steps, one token a row, are spared this
+            number, asked = torch.tensor(counts), counts
+            firsts = (self.positions - (number.cumsum(0) - number)).repeat_interleave(number)
+            given = None if settings is None else settings.repeat_interleave(number)
+            positions = firsts + torch.arange(len(token_ids))
         if len(self._room) < len(token_ids):  # kept: fresh memory of this size costs milliseconds on some machines
             self._room = torch.empty(len(token_ids), self.runtime.weights.vocab_size)
         out = self._room[: len(token_ids)]
-        logits, experts = self.runtime.step(token_ids, positions, self.cache, given, counts, is_draft=is_draft, out=out)
+        logits, experts = self.runtime.step(token_ids, positions, self.cache, given, asked, is_draft=is_draft, out=out)
         self.positions += number
         return logits, experts
 
@@ -188,6 +189,8 @@ def keys_and_values(cache: Any, num_tokens: int) -> list[tuple[torch.Tensor, tor
     Raises:
         Unsupported: it holds something else.
     """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
     pairs = []
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:

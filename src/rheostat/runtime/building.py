@@ -14,6 +14,7 @@ from torch import nn
 from rheostat import families
 from rheostat.methods.base import MeteredFFN, StandIn
 from rheostat.runtime.weights import DecoderWeights, FFNWeights, LayerWeights
+from rheostat.skeleton import Part
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
 """`config.model_type` of the families whose layers are as `LayerWeights` says."""
@@ -115,8 +116,7 @@ def _ffn(model: Any, layer: Any, hooks: frozenset[int]) -> FFNWeights:
     else:
         host = mlp
         plain = families.plain_mlp(model, layer)
-        gate, up = plain.gate_up(0, plain.ffn_size)
-        down = plain.down.weight
+        gate, up, down = (one.detach() for one in (*plain.gate_up(0, plain.ffn_size), plain.down.weight))
         found = FFNWeights(gate=gate, up=up, downs=(down,), down_biases=(None,), sizes=(plain.ffn_size,))
     _check_own(host, hooks)
     for linear in host.children():
@@ -186,8 +186,9 @@ def _activation(act: Any) -> str:
 
 
 def _check_own(module: nn.Module, hooks: frozenset[int]) -> None:
-    """Refuse a module that is not of `transformers`, or that was given another forward."""
-    if not type(module).__module__.startswith("transformers.models.") or "forward" in vars(module):
+    """Refuse a module that is not of `transformers` (or of a skeleton of it), or that was given another forward."""
+    is_known = isinstance(module, Part) or type(module).__module__.startswith("transformers.models.")
+    if not is_known or "forward" in vars(module):
         raise Unsupported(f"a module of the kind {type(module).__name__}")
     _check_hooks(module, hooks)
 

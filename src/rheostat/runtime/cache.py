@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rheostat.errors import bad_setting
+from rheostat.kernels.memory import zeros
 
 UNLIMITED = 1 << 30
 """Tokens, of a cache that sets no limit."""
@@ -47,7 +48,7 @@ class KVCache:
             raise bad_setting("num_rows", num_rows, "1 or more")
         shape = (num_layers, num_rows, num_kv_heads, max(num_slots, SMALLEST), head_dim)
         # Zeros, not garbage: a NaN in a slot that is masked out would still poison a weighted sum.
-        self.keys, self.values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        self.keys, self.values = zeros(shape, dtype), zeros(shape, dtype)
         self.lengths = torch.zeros(num_rows, dtype=torch.int32)
         self.starts = torch.zeros(num_rows, dtype=torch.int32)
 
@@ -144,6 +145,6 @@ class KVCache:
 
 
 def _grown(old: torch.Tensor, num_slots: int, used: int) -> torch.Tensor:
-    new = old.new_zeros(*old.shape[:3], num_slots, old.shape[4])
+    new = zeros((*old.shape[:3], num_slots, old.shape[4]), old.dtype)
     new[:, :, :, :used] = old[:, :, :, :used]
     return new

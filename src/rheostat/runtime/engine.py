@@ -86,9 +86,11 @@ class Runtime:
         """As a prompt is read with; converted when first asked for."""
         return self.forms.prefill()
 
-    def prepare(self, *, draft: bool = False) -> None:
-        """Make the forms of the weights now, so that no answer's clock has it in it; the draft's where it is wanted."""
-        self.forms.decode()
+    def prepare(self, *, decode: bool = True, draft: bool = False) -> None:
+        """Make the forms of the weights now, so that no answer's clock has it in it: the draft's where it is wanted,
+        the one for decoding unless it can wait."""
+        if decode:
+            self.forms.decode()
         self.forms.prefill()
         if draft:
             self.forms.draft()

@@ -116,10 +116,12 @@ class Forms:
     def maps(self, depth: int) -> PredictedLayers:
         """What predicts the layers from `depth` on, in the dtype that prompts are read in."""
         assert self.ahead is not None
-        dtype = packing.prefill_dtype(self.format)
+        layers, reader = self.ahead.layers[depth], self.prefill().reader
         with self._lock:
-            if depth not in self._maps:
-                self._maps[depth] = packing.ahead_form(self.ahead.layers[depth], dtype)
+            if depth not in self._maps and reader is not None:
+                self._maps[depth] = packing.native_ahead_form(layers, reader)
+            elif depth not in self._maps:
+                self._maps[depth] = packing.ahead_form(layers, packing.prefill_dtype(self.format))
             return self._maps[depth]
 
     @property

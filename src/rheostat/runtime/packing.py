@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rheostat.errors import SettingError, bad_setting
-from rheostat.kernels import FORMATS, NativeReader, pack
+from rheostat.kernels import FORMATS, NativeAhead, NativeReader, pack
 from rheostat.runtime.building import Unsupported
 from rheostat.runtime.weights import DecoderWeights, DraftForm, FFNWeights, LayerWeights, Matrix, PredictedLayers
 
@@ -129,6 +129,12 @@ def ahead_form(layers: PredictedLayers, dtype: torch.dtype) -> PredictedLayers:
     squeeze = None if layers.squeeze is None else layers.squeeze.to(dtype)
     maps, biases, firsts = (torch.cat(list(one)) for one in (layers.maps, layers.biases, layers.firsts))
     return replace(layers, squeeze=squeeze, maps=(maps.to(dtype),), biases=(biases.to(dtype),), firsts=(firsts,))
+
+
+def native_ahead_form(layers: PredictedLayers, reader: NativeReader) -> PredictedLayers:
+    """Maps as native code reads prompts with them: panels of bfloat16."""
+    native = NativeAhead(reader, layers)
+    return replace(layers, squeeze=native.squeeze, maps=(native.maps,), reader=native)
 
 
 def ahead_bytes(layers: PredictedLayers, others: PredictedLayers) -> int:

@@ -6,6 +6,7 @@ model's own parameters; `packing` replaces the large ones by matrices of another
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -174,7 +175,10 @@ class PredictedLayers:
 
     depth: int
     reads: tuple[int, ...]
-    """Layers, up to `depth`, whose normalised input [N, D] is read, side by side: X = their number times D."""
+    """Layers, up to `depth`, whose normalised input [N, D] is read, side by side."""
+    previous: tuple[int, ...] = ()
+    """Layers of which the input of the token before is read too, after those: X = the number of both times D. A token's
+    own is read where the one before is a text's first, or was read in an earlier pass."""
     squeeze: Matrix | None
     """[R, X], of all maps together; None where they read the X features themselves (R = X)."""
     maps: tuple[Matrix, ...]
@@ -184,11 +188,13 @@ class PredictedLayers:
     """[2 K d] of each layer, or of all."""
     firsts: tuple[torch.Tensor, ...]
     """[2 K d] of each layer, or of all: what a text's first token has instead."""
+    reader: Any = None
+    """Reads prompts ahead natively (`kernels.NativeAhead`), with the same matrices; None: plain PyTorch does."""
 
     @property
     def num_weights(self) -> int:
         """Weights multiplied for one token."""
-        return sum(one.numel() for one in self.matrices)
+        return sum(math.prod(one.shape) for one in self.matrices)
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:

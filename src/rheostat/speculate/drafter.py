@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
-from transformers import Cache, PreTrainedModel
 
 from rheostat.errors import bad_setting
 from rheostat.sampling import Sampling
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
 
 LONGEST_DRAFT = 64
 """Tokens; one more only delays the answer, whatever drafts them."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from rheostat.errors import SettingError, bad_setting
 from rheostat.methods.base import Method
@@ -17,6 +16,9 @@ from rheostat.speculate.drafting import LowDial
 from rheostat.speculate.lookup import PromptLookup
 from rheostat.speculate.loop import Ending, speculate
 from rheostat.speculate.sparse import SnapKV, StreamingLLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DRAFT_LENGTH = 4
 """Tokens drafted a round, unless asked otherwise."""

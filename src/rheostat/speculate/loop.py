@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import pad
-from transformers import Cache, PreTrainedModel
 
 from rheostat.caches.rewinding import roll_right
 from rheostat.cost import rows_decode_cost
@@ -26,6 +26,9 @@ from rheostat.speculate.drafter import Draft, Drafter, Host, State, no_draft
 from rheostat.speculate.pacing import Pace
 from rheostat.speculate.stock import StockHost
 from rheostat.spending import current_spending, in_phase
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class _Written:
     """What each row has written."""
 
     rows: list[list[int]]
+    geometry: Geometry
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -122,7 +126,7 @@ def speculate(
     mask = check_prompts(input_ids, attention_mask)
     ending, sampling = ending or Ending(), sampling or Sampling()
     host = host or StockHost(model, method, cache)
-    written = _Written([[] for _ in input_ids])
+    written = _Written([[] for _ in input_ids], Geometry.from_config(model.config))
     first = sample(host.read(input_ids, mask, ending.max_new_tokens), sampling, generator)
     active = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     state = State(model, method, host, input_ids, mask, active, sampling, generator)
@@ -147,7 +151,7 @@ def _round(state: State, written: _Written, ending: Ending, drafter: Drafter, pa
     new = _join(draft.token_ids.tolist(), num_kept.tolist(), following.tolist())
     was_active, before = state.active.tolist(), written.longest
     result = _emit(state, written, ending, new, draft.lengths.tolist())
-    _note(state.model, result, was_active, pasts, written.longest - before, pace)
+    _note(state.model.dtype.itemsize, written, result, was_active, pasts, written.longest - before, pace)
     if bool(state.active.any()):
         drafter.settle(state, draft.token_ids.shape[1], drops)
     return result
@@ -208,7 +212,11 @@ def _advance(state: State, draft: Draft, num_kept: torch.Tensor, following: torc
     last = tokens.shape[1] - 1 - drops
     tokens = tokens.scatter(1, last[:, None], following[:, None])
     mask = pad(state.mask, (0, width + 1), value=1)
-    state.token_ids, state.mask = (roll_right(one, drops)[:, least:] for one in (tokens, mask))
+    if int(drops.max()) > least:
+        tokens, mask = roll_right(tokens, drops), roll_right(mask, drops)
+        state.token_ids, state.mask = tokens[:, least:], mask[:, least:]
+    else:  # nothing comes in on the left: cut on the right
+        state.token_ids, state.mask = (one[:, : one.shape[1] - least] for one in (tokens, mask))
     return drops.tolist()
 
 
@@ -228,7 +236,13 @@ def _emit(state: State, written: _Written, ending: Ending, new: list[list[int]],
 
 
 def _note(
-    model: PreTrainedModel, result: Round, was_active: list[bool], pasts: list[int], num_steps: int, pace: Pace
+    itemsize: int,
+    written: _Written,
+    result: Round,
+    was_active: list[bool],
+    pasts: list[int],
+    num_steps: int,
+    pace: Pace,
 ) -> None:
     """Tell the meter what came of a round that began with `pasts` tokens a row in the cache."""
     spending = current_spending()
@@ -239,11 +253,11 @@ def _note(
     for row, new in zip(rows, news, strict=True):
         spending.meter.speculation.add(result.num_drafted[row], new - 1)
     dense = rows_decode_cost(
-        Geometry.from_config(model.config),
+        written.geometry,
         news=news,
         pasts=[pasts[row] for row in rows],
         num_steps=num_steps,
-        itemsize=model.dtype.itemsize,
+        itemsize=itemsize,
     )
     spending.meter.owe(dense, sum(news))
     spending.meter.speculation.verdict = pace.verdict

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import Cache, PreTrainedModel
 
 from rheostat.caches.rewinding import check_rewindable, rewind
 from rheostat.cost import dense_cost
@@ -17,6 +16,9 @@ from rheostat.speculate.drafter import Draft, Drafter, State, Stopping
 from rheostat.speculate.drafting import draft_token_by_token
 from rheostat.speculate.stock import read
 from rheostat.spending import current_spending
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
 
 
 class SecondModel(Drafter):

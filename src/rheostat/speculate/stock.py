@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn.functional import pad
-from transformers import Cache, PreTrainedModel
 
 from rheostat.caches.rewinding import check_rewindable, rewind, room
 from rheostat.methods.base import Method, positions
 from rheostat.speculate.drafter import Draft, Host, State
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
 
 
 class StockHost(Host):

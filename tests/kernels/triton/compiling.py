@@ -23,7 +23,8 @@ from rheostat.kernels.triton import (
     NestedWeights,
     NibbleBody,
     attention,
-    ffn,
+    ffn_few,
+    ffn_many,
     language,
     pack,
     planes,
@@ -86,7 +87,7 @@ def stack_bytes(binary: bytes) -> int:
 
 def replace_kernels() -> None:
     language.is_available = lambda device: True
-    for module in (products, ffn, attention, planes):
+    for module in (products, ffn_few, ffn_many, attention, planes):
         for name in KERNELS & set(vars(module)):
             setattr(module, name, Compiled(getattr(module, name)))
 

@@ -9,7 +9,8 @@ from rheostat.errors import SettingError
 from rheostat.kernels import plain
 from rheostat.kernels.structs import ACTIVATIONS
 from rheostat.kernels.triton import DeviceMatrix, NestedWeights, nested_ffn
-from rheostat.kernels.triton.ffn import FUSED, GROUPED
+from rheostat.kernels.triton.ffn_few import FUSED
+from rheostat.kernels.triton.ffn_many import GROUPED
 from tests.kernels.triton.cases import DEVICE, FORMATS, TOLERANCE, distance, random_matrix, random_rows, seeded
 
 

@@ -28,7 +28,7 @@ def exact(family: str, first: int) -> Adapted:
     Args:
         first: the token that every text begins with, whose keys and values are a constant.
     """
-    adapted = Adapted(tiny_model(family), KVPrediction(depths=(1,), inputs=(), rank=0))
+    adapted = Adapted(tiny_model(family), KVPrediction(depths=(1,), inputs=(), previous=(), rank=0))
     model = adapted.model
     one = predictors(model)[1]
     layer = families.key_values(model)[1]

@@ -17,7 +17,7 @@ from tests.tiny import tiny_windows
 
 def test_the_layer_at_the_depth_itself_is_recovered():
     # Its keys and values are a linear map of what is read.
-    adapted = given(inputs=(), rank=0, ridge=0.0)
+    adapted = given(inputs=(), previous=(), rank=0, ridge=0.0)
     one = predictors(adapted.model)[2]
     layer = families.key_values(adapted.model)[2].attention
     wanted = torch.cat([layer.k_proj.weight, layer.v_proj.weight])
@@ -41,6 +41,7 @@ def test_more_inputs_and_less_ridge_explain_more():
         return facts["unexplained"]["1"]
 
     assert unexplained(inputs=(0.0,)) < unexplained(inputs=())
+    assert unexplained(inputs=(0.0,)) < unexplained(inputs=(0.0,), previous=())
     assert unexplained(inputs=(), ridge=1e-3) < unexplained(inputs=(), ridge=10.0)
 
 
@@ -52,9 +53,10 @@ def test_the_unexplained_share_is_what_the_maps_miss():
     with torch.no_grad(), recording(adapted.model, 2) as seen, keeping() as kept:
         adapted.model(windows)
         is_first = torch.zeros_like(windows, dtype=torch.bool)
+        is_first[:, 0] = True
         misses = []
         for index, layer in enumerate((2, 3)):
-            for kind, made in zip(("keys", "values"), one(one.mix(kept), is_first, index), strict=True):
+            for kind, made in zip(("keys", "values"), one(one.mix(kept, is_first), is_first, index), strict=True):
                 wanted = seen[kind, layer][:, 1:].flatten(0, 1)
                 misses.append((made[:, 1:].flatten(0, 1) - wanted).square().mean(0) / wanted.var(0, unbiased=False))
     assert facts["unexplained"]["2"] == pytest.approx(torch.cat(misses).mean().item(), abs=1e-3)

@@ -47,6 +47,7 @@ def test_shares_become_layers_and_layers_stay():
     assert KVPrediction().layer_counts(30) == [25, 20, 15, 12]
     assert KVPrediction(depths=(7, 0.5)).layer_counts(30) == [15, 7]
     assert KVPrediction().read_layers(15) == [0, 5, 10, 15]
+    assert KVPrediction().previous_layers(15) == [0, 15]
 
 
 def test_a_model_that_has_it_is_refused_until_it_is_detached():
@@ -88,7 +89,7 @@ def test_settings_survive_plain_types():
 
 
 def test_the_cost_falls_with_depth_and_counts_the_maps():
-    method = KVPrediction(rank=0, inputs=())
+    method = KVPrediction(rank=0, inputs=(), previous=())
     shares = [method._share(SMOLLM2, depth) for depth in (25, 20, 15, 12)]
     assert shares == sorted(shares, reverse=True)
     layer = SMOLLM2.attention_weights + SMOLLM2.ffn_weights

@@ -4,7 +4,7 @@
 // (largest score, sum, weighted values); the pieces of a head are joined at the end.
 #pragma once
 
-#include "paired.h"
+#include "widened.h"
 
 struct Attention {
     int32_t num_heads, num_kv_heads, head_dim;
@@ -149,6 +149,11 @@ static void attend_any(const Attention& a, const float* q, const void* keys, con
         const auto attend_pairs = a.head_dim == 64 ? attend_in_pairs<2> : attend_in_pairs<4>;
         return attend_pairs(q, (const uint16_t*)keys, (const uint16_t*)values, begin, end, group, a.softcap, out.top, out.total,
                             out.values);
+    }
+    if (Type != kBFloat16 && is_read_widened(a.head_dim)) {
+        const auto attend_wide = a.head_dim == 64 ? attend_widened<Stored<Type>, 4> : attend_widened<Stored<Type>, 8>;
+        typedef typename Stored<Type>::T T;
+        return attend_wide(q, (const T*)keys, (const T*)values, begin, end, group, a.softcap, out.top, out.total, out.values);
     }
 #endif
     if (a.head_dim == 64) return attend<Type, 4>(a, q, keys, values, begin, end, group, out, buffer);

@@ -7,6 +7,10 @@
 #include "ffn.h"
 #include "verify.h"
 
+constexpr int kOwnPieces = 64;  // tokens times pieces of each, up to which every thread joins them all
+
+constexpr int64_t kAhead = 256 << 10;  // bytes that a thread fetches while it waits: a part of its cache
+
 struct Router {
     Matrix inner;             // [U, D]
     const float* inner_bias;  // [U]
@@ -58,7 +62,7 @@ struct Common {
 
 // What each thread keeps to itself.
 struct Private {
-    std::vector<float> normed, key, queries, buffer, routed;
+    std::vector<float> normed, key, queries, attended, buffer, routed;
     std::vector<int> chosen;
     BodyRoom body;
     Order order;
@@ -131,16 +135,16 @@ public:
         for (int i = 0; i < d_.num_layers; i++) {
             const Layer& layer = d_.layers[i];
             project(layer);
-            team_.barrier();
+            team_.barrier(share_of(layer.o));
             attend_share(layer, i);
-            team_.barrier();
+            team_.barrier(share_of(layer.o));
             put_out(layer);
-            team_.barrier();
+            team_.barrier(s_.settings ? Ahead{} : share_of(layer.ffn.gate));
             choose(layer, i);
             ffn_hidden(layer.ffn, p_.order, p_.input, c_.hidden, p_.buffer, team_, thread_);
-            team_.barrier();
+            team_.barrier(share_of(layer.ffn.downs[layer.ffn.place(p_.order.experts[0])]));
             ffn_down(layer.ffn, p_.order, c_.hidden, s_.hidden, d_.hidden_size, true, team_, thread_);
-            team_.barrier();
+            team_.barrier(i + 1 < d_.num_layers ? projection_of(d_.layers[i + 1]) : share_of(d_.head));
         }
         norm(d_.final_norm);
         fill(d_.head.format);
@@ -148,6 +152,23 @@ public:
     }
 
 private:
+    // The beginning of this thread's share of a matrix.
+    Ahead share_of(const Matrix& m) const {
+        Share share(m.panels(), thread_, team_.size);
+        return {m.data + share.begin * m.panel_bytes, std::min(kAhead, (share.end - share.begin) * m.panel_bytes)};
+    }
+
+    // And of a layer's projections of queries, keys and values, one after the other.
+    Ahead projection_of(const Layer& layer) const {
+        Share share(layer.q.panels() + layer.k.panels() + layer.v.panels(), thread_, team_.size);
+        int first = share.begin;
+        for (const Matrix* m : {&layer.q, &layer.k, &layer.v}) {
+            if (first < m->panels()) return {m->data + first * m->panel_bytes, std::min(kAhead, (m->panels() - first) * m->panel_bytes)};
+            first -= m->panels();
+        }
+        return {};
+    }
+
     // Normalised residual stream, whole, for this thread.
     void norm(const float* weight) {
         float* to = room(p_.normed, (size_t)s_.num_rows * d_.hidden_size);
@@ -220,9 +241,12 @@ private:
     void put_out(const Layer& layer) {
         const Attention& a = d_.attention;
         const int width = a.num_heads * a.head_dim;
-        float* attended = c_.attended.data();
-        join_new(a, s_.tokens, c_.pieces.data(), attended, team_, thread_);
-        team_.barrier();
+        // A few pieces are joined by each thread for itself, which is cheaper than to meet once more.
+        const bool is_shared = (int64_t)s_.tokens.total() * s_.tokens.most_pieces() > kOwnPieces;
+        float* attended = is_shared ? c_.attended.data() : room(p_.attended, (size_t)s_.num_rows * width);
+        Team alone;
+        join_new(a, s_.tokens, c_.pieces.data(), attended, is_shared ? team_ : alone, is_shared ? thread_ : 0);
+        if (is_shared) team_.barrier();
         p_.input.reserve(layer.o.format, s_.num_rows, width);
         for (int r = 0; r < s_.num_rows; r++) p_.input.set_row(layer.o.format, r, attended + (int64_t)r * width, width);
         multiply(layer.o, p_.input, s_.num_rows, 0, layer.o.rows, layer.o_bias, s_.hidden, d_.hidden_size, true, team_, thread_);
@@ -288,9 +312,9 @@ static void take_step(const Decoder& d, const Step& s, int num_threads) {
         ffn = std::max(ffn, layer.ffn.size());
     }
     const int64_t pieces = (int64_t)s.num_rows * a.num_kv_heads * s.tokens.most_pieces();
-    room(common.attended, (size_t)s.num_rows * a.num_heads * a.head_dim);
     room(common.qkv, (size_t)s.num_rows * qkv);
     room(common.scores, (size_t)s.num_rows * routed);
+    room(common.attended, (size_t)s.num_rows * a.num_heads * a.head_dim);
     room(common.pieces, (size_t)pieces * piece_floats(group, a.head_dim));
     // Widths may differ by layer, formats may not: room for the widest, rows as far apart.
     for (int i = 0; i < d.num_layers; i++) common.hidden.reserve(d.layers[i].ffn.downs[0].format, s.num_rows, ffn);

@@ -150,12 +150,13 @@ struct HalfRows {
     uint32_t* row(int r) { return pairs.data.get() + r * stride; }
     uint16_t* values(int r) { return (uint16_t*)row(r); }
 
-    void set(int r, const float* x, int cols) {
-        uint16_t* to = values(r);
+    // Row r's channels from `first` on.
+    void set(int r, const float* x, int cols, int first = 0) {
+        uint16_t* to = values(r) + first;
         int i = 0;
         for (; i + kLanes <= cols; i += kLanes) store_bfloat(to + i, load(x + i));
         for (; i < cols; i++) to[i] = float_to_bfloat(x[i]);
-        if (cols % 2) to[cols] = 0;
+        if ((first + cols) % 2) to[cols] = 0;
     }
 };
 

@@ -1,4 +1,5 @@
 // What Python calls. Arguments are checked there; here they are taken as right.
+#include "ahead.h"
 #include "decoder.h"
 #include "reader.h"
 
@@ -197,4 +198,8 @@ EXPORT void rheostat_causal_attention(const float* q, const float* keys, const f
 
 EXPORT void rheostat_read_prompts(const Decoder* decoder, const Reading* reading, int num_threads) {
     read_prompts(*decoder, *reading, num_threads);
+}
+
+EXPORT void rheostat_read_ahead(const Decoder* decoder, const Reading* reading, const Ahead* ahead, int num_threads) {
+    read_ahead(*decoder, *reading, *ahead, num_threads);
 }

@@ -115,9 +115,15 @@ private:
         qb -= 0x4b400000;
         int32_t total = 0;
         int8_t* q = &bytes[at];
+#if LEVEL_AVX512
+        _mm_storeu_si128((__m128i*)q, _mm512_cvtepi32_epi8((__m512i)qa));
+        _mm_storeu_si128((__m128i*)(q + 16), _mm512_cvtepi32_epi8((__m512i)qb));
+        total = _mm512_reduce_add_epi32((__m512i)(qa + qb));
+#else
         for (int i = 0; i < 16; i++) q[i] = (int8_t)qa[i], q[16 + i] = (int8_t)qb[i];
         I16 both = qa + qb;
         for (int i = 0; i < 16; i++) total += both[i];
+#endif
         scales[at / kActivationGroup] = scale;
         sums[at / kActivationGroup] = scale * total;
     }

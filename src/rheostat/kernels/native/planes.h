@@ -27,13 +27,20 @@ struct Planes {
 };
 
 constexpr int kDigitBits = 7;
-constexpr int kMostQueries = 6;  // at once: with three digits each, what the registers hold
+
+// What a block of accumulators is: so many queries by so many tiles of 16 lanes, as far as the registers go.
+#if LEVEL_AVX512
+constexpr int kTilesAtOnce = 2;
+#else
+constexpr int kTilesAtOnce = 1;
+#endif
+template <int D>
+constexpr int kMostQueries = D == 1 ? 6 : D == 2 ? 5 : 4;
 
 // What one thread needs while it reads a body.
 struct BodyRoom {
     std::vector<int8_t> digits;
     std::vector<float> floats;
-    std::vector<uint8_t> codes;
 };
 
 typedef int8_t B16 __attribute__((vector_size(16)));
@@ -43,96 +50,131 @@ INLINE void store_bytes(int8_t* to, I16 v) {
     memcpy(to, &b, sizeof b);
 }
 
-// Numbers x [n] (n a multiple of 16) as scale * sum of digit_i * 128^(D - 1 - i); `total` is scale * their sum.
+// The largest whole number of D digits.
 template <int D>
-INLINE void to_digits(const float* x, int n, int8_t* digits, float& scale, float& total) {
-    F16 high{};
-    for (int i = 0; i < n; i += kLanes) {
-        F16 v = load(x + i);
-        high = larger(high, larger(v, -v));
+constexpr float kMostWhole = 127 * (D == 3 ? 16384.0f : D == 2 ? 128.0f : 1.0f);
+
+// Sixteen numbers, in whole units already, rounded: digit i of them at to + i * n. Returns the whole numbers.
+template <int D>
+INLINE I16 store_digits(F16 x, int n, int8_t* to) {
+    const F16 t = x + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    I16 bits, v;
+    memcpy(&bits, &t, sizeof bits);
+    v = bits;  // what the shift added is gone from the byte of each digit
+    for (int d = D - 1; d > 0; d--) {
+        const I16 low = ((v + 64) & 127) - 64;
+        store_bytes(to + d * n, low);
+        v = (v - low) >> kDigitBits;
     }
-    const float most = 127 * (D == 3 ? 16384.0f : D == 2 ? 128.0f : 1.0f), top = largest(high);
-    const float inverse = top > 0 ? most / top : 0, shift = 12582912.0f;
-    scale = top / most;
-    I16 sum{};
-    for (int i = 0; i < n; i += kLanes) {
-        F16 t = load(x + i) * inverse + shift;
-        I16 v;
-        memcpy(&v, &t, sizeof v);
-        v -= 0x4b400000;
-        sum += v;
-        for (int d = D - 1; d > 0; d--) {
-            I16 low = ((v + 64) & 127) - 64;
-            store_bytes(digits + d * n + i, low);
-            v = (v - low) >> kDigitBits;
-        }
-        store_bytes(digits + i, v);
-    }
-    int64_t whole = 0;
-    for (int j = 0; j < kLanes; j++) whole += sum[j];
-    total = scale * (float)whole;
+    store_bytes(to, v);
+    return bits - 0x4b400000;
 }
 
-// Codes of `octs` eights as quads of bytes: 2 * octs vectors.
+INLINE float total_of(I16 v) {
+    int64_t total = 0;
+    for (int j = 0; j < kLanes; j++) total += v[j];
+    return (float)total;
+}
+
+// Sixteen lanes of eight codes: the first four of each, and the others.
 template <bool Small>
-INLINE void unpack_codes(const uint8_t* upper, const uint8_t* lower, int octs, uint8_t* to) {
+INLINE void unpack_codes(const uint8_t* upper, const uint8_t* lower, I16& first, I16& second) {
     const int32_t nibble = 0x0f0f0f0f;
-    for (int o = 0; o < octs; o++) {
-        I16 u, low, high;
-        memcpy(&u, upper + o * 64, sizeof u);
-        if (Small) {
-            low = u & nibble, high = (u >> 4) & nibble;
-        } else {
-            I16 l;
-            memcpy(&l, lower + o * 64, sizeof l);
-            low = ((u & nibble) << 4) | (l & nibble), high = (u & ~nibble) | ((l >> 4) & nibble);
-        }
-        memcpy(to + o * 128, &low, sizeof low);
-        memcpy(to + o * 128 + 64, &high, sizeof high);
+    I16 u, l;
+    memcpy(&u, upper, sizeof u);
+    if (Small) {
+        first = u & nibble, second = (u >> 4) & nibble;
+        return;
     }
+    memcpy(&l, lower, sizeof l);
+    first = ((u & nibble) << 4) | (l & nibble), second = (u & ~nibble) | ((l >> 4) & nibble);
 }
 
-// out[r] = sixteen sums of codes [quads][16][4] with the digits [R][D][width] of R queries.
-template <int R, int D, bool Small>
-static void dot_codes(const uint8_t* codes, int quads, const int8_t* digits, int width, F16* out) {
-    I16 acc[R][D]{};
-    for (int q = 0; q < quads; q++) {
-        I16 v = load_bytes(codes + q * 64);
+// Codes [tiles][octs][16 lanes][8], and how far on lies what will be read next.
+struct Codes {
+    const uint8_t *upper, *lower;  // `lower` is not read where codes are small
+    int64_t ahead;
+    int octs;
+
+    Codes from(int tile) const {
+        const int64_t at = (int64_t)tile * octs * 64;
+        return {upper + at, lower + at, ahead, octs};
+    }
+};
+
+// out[t * R + r] = sixteen sums of tile t's codes with the digits [R][D][width] of R queries.
+template <int R, int D, int T, bool Small>
+static void dot_codes(const Codes& codes, const int8_t* digits, int width, F16* out) {
+    const uint8_t *upper = codes.upper, *lower = codes.lower;
+    const int64_t ahead = codes.ahead;
+    const int octs = codes.octs;
+    I16 acc[T][R][D]{};
+    for (int o = 0; o < octs; o++) {
+        I16 first[T], second[T];
+        for (int t = 0; t < T; t++) {
+            const int64_t at = ((int64_t)t * octs + o) * 64;
+            __builtin_prefetch(upper + at + ahead);
+            if (!Small) __builtin_prefetch(lower + at + ahead);
+            unpack_codes<Small>(upper + at, lower + at, first[t], second[t]);
+        }
         for (int r = 0; r < R; r++)
             for (int d = 0; d < D; d++) {
-                const int32_t quad = quad_at(digits + (r * D + d) * width + q * 4);
-                acc[r][d] = Small ? dot_small_quads(acc[r][d], v, quad) : dot_quads(acc[r][d], v, quad);
+                const int8_t* x = digits + (r * D + d) * width + o * 8;
+                const int32_t a = quad_at(x), b = quad_at(x + 4);
+                for (int t = 0; t < T; t++) {
+                    I16& sum = acc[t][r][d];
+                    sum = Small ? dot_small_quads(sum, first[t], a) : dot_quads(sum, first[t], a);
+                    sum = Small ? dot_small_quads(sum, second[t], b) : dot_quads(sum, second[t], b);
+                }
             }
     }
-    for (int r = 0; r < R; r++) {
-        out[r] = __builtin_convertvector(acc[r][0], F16);
-        for (int d = 1; d < D; d++) out[r] = out[r] * 128.0f + __builtin_convertvector(acc[r][d], F16);
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) {
+            F16 total = __builtin_convertvector(acc[t][r][0], F16);
+            for (int d = 1; d < D; d++) total = total * 128.0f + __builtin_convertvector(acc[t][r][d], F16);
+            out[t * R + r] = total;
+        }
+}
+
+template <int D, int T, bool Small>
+INLINE void dot_some(int R, const Codes& codes, const int8_t* digits, int width, F16* out) {
+    switch (R) {
+        case 1: return dot_codes<1, D, T, Small>(codes, digits, width, out);
+        case 2: return dot_codes<2, D, T, Small>(codes, digits, width, out);
+        case 3: return dot_codes<3, D, T, Small>(codes, digits, width, out);
+        case 4: return dot_codes<4, D, T, Small>(codes, digits, width, out);
+        case 5: return dot_codes<std::min(5, kMostQueries<D>), D, T, Small>(codes, digits, width, out);
+        default: return dot_codes<kMostQueries<D>, D, T, Small>(codes, digits, width, out);
     }
 }
 
+// `take(query, tile, sums)` for all queries and tiles.
 template <int D, bool Small, class Take>
-INLINE void dot_all(const uint8_t* codes, int quads, const int8_t* digits, int width, int num_queries, Take&& take) {
-    F16 out[kMostQueries];
-    const int blocks = (num_queries + kMostQueries - 1) / kMostQueries;
-    for (int i = 0; i < blocks; i++) {
-        Share share(num_queries, i, blocks);
-        const int8_t* x = digits + (int64_t)share.begin * D * width;
-        switch (share.end - share.begin) {
-            case 1: dot_codes<1, D, Small>(codes, quads, x, width, out); break;
-            case 2: dot_codes<2, D, Small>(codes, quads, x, width, out); break;
-            case 3: dot_codes<3, D, Small>(codes, quads, x, width, out); break;
-            case 4: dot_codes<4, D, Small>(codes, quads, x, width, out); break;
-            case 5: dot_codes<5, D, Small>(codes, quads, x, width, out); break;
-            default: dot_codes<6, D, Small>(codes, quads, x, width, out);
+INLINE void dot_all(const Codes& codes, int tiles, const int8_t* digits, int width, int num_queries, Take&& take) {
+    F16 out[kTilesAtOnce * kMostQueries<D>];
+    const int blocks = (num_queries + kMostQueries<D> - 1) / kMostQueries<D>;
+    for (int t = 0; t < tiles;) {
+        const int n = t + kTilesAtOnce <= tiles ? kTilesAtOnce : 1;
+        const Codes here = codes.from(t);
+        for (int i = 0; i < blocks; i++) {
+            Share share(num_queries, i, blocks);
+            const int count = share.end - share.begin;
+            const int8_t* x = digits + (int64_t)share.begin * D * width;
+            if (n == kTilesAtOnce)
+                dot_some<D, kTilesAtOnce, Small>(count, here, x, width, out);
+            else
+                dot_some<D, 1, Small>(count, here, x, width, out);
+            for (int c = 0; c < n; c++)
+                for (int r = 0; r < count; r++) take(share.begin + r, t + c, out[c * count + r]);
         }
-        for (int q = share.begin; q < share.end; q++) take(q, out[q - share.begin]);
+        t += n;
     }
 }
 
 template <int Type>
 INLINE void widen_as(const void* from, int64_t at, int n, float* to) {
     const typename Stored<Type>::T* p = (const typename Stored<Type>::T*)from + at;
-    for (int i = 0; i < n; i += kLanes) store_part(to + i, get_part<Type>(p + i, std::min(kLanes, n - i)), std::min(kLanes, n - i));
+    for (int i = 0; i < n; i += kLanes) store_most(to + i, get_part<Type>(p + i, std::min(kLanes, n - i)), std::min(kLanes, n - i));
 }
 
 INLINE void widen(int format, const uint8_t* from, int64_t at, int n, float* to) {
@@ -150,13 +192,12 @@ class BodyReader {
 public:
     BodyReader(const Attention& a, const Planes& p, int num_queries, BodyRoom& room)
         : a_(a), p_(p), n_(num_queries), room_(room) {
-        dim_ = a.head_dim, wide_ = round_up(dim_, kLanes), tokens_ = p.tokens();
+        dim_ = a.head_dim, wide_ = round_up(dim_, kLanes), tokens_ = p.tokens(), parts_ = dim_ / p.value_group;
         const int longest = std::max(wide_, tokens_);
         const size_t digits = (size_t)n_ * D * longest;
-        const size_t floats = (size_t)n_ * (tokens_ + 4) + 5 * longest + 2 * (dim_ / p.value_group) * tokens_ + 64;
+        const size_t floats = (size_t)n_ * (tokens_ + 2) + 3 * longest + 2 * parts_ * tokens_ + 2 * kLanes;
         if (room_.digits.size() < digits) room_.digits.resize(digits);
         if (room_.floats.size() < floats) room_.floats.resize(floats);
-        if (room_.codes.size() < (size_t)16 * longest) room_.codes.resize((size_t)16 * longest);
         scores_ = room_.floats.data(), factors_ = scores_ + (size_t)n_ * tokens_, adds_ = factors_ + n_;
         work_ = adds_ + n_, scale_ = work_ + longest, zero_ = scale_ + longest, rest_ = zero_ + longest;
     }
@@ -165,38 +206,51 @@ public:
     template <class PieceOf>
     void read(const uint8_t* upper, const uint8_t* lower, const uint8_t* scales, const float* q, PieceOf&& piece_of) {
         const int64_t key_bytes = (int64_t)tokens_ * wide_ / 2;
-        score(upper, lower, scales, q);
+        const int64_t scale_bytes = (2 * dim_ + 2 * parts_ * tokens_) * (a_.cache_format == kFloat32 ? 4 : 2);
+        for (int64_t i = 0; i < scale_bytes; i += 64) __builtin_prefetch(scales + scale_bytes + i);
+        score({upper, lower, 2 * key_bytes, wide_ / 8}, scales, q);
         for (int i = 0; i < n_; i++) soften(i, piece_of);
-        weigh(upper + key_bytes, Small ? nullptr : lower + key_bytes, scales, piece_of);
+        weigh({upper + key_bytes, lower + key_bytes, 2 * key_bytes, tokens_ / 8}, scales, piece_of);
     }
 
 private:
-    void score(const uint8_t* upper, const uint8_t* lower, const uint8_t* scales, const float* q) {
+    // Scales and zeros [n] of codes instead of nibbles.
+    void set_steps(float* scale, float* zero, int n) {
+        for (int i = 0; i < n && !Small; i += kLanes) {
+            store(zero + i, load(zero + i) - load(scale + i) * 0.5f);
+            store(scale + i, load(scale + i) * 0.0625f);
+        }
+    }
+
+    void score(const Codes& codes, const uint8_t* scales, const float* q) {
         widen(a_.cache_format, scales, 0, dim_, scale_);
         widen(a_.cache_format, scales, dim_, dim_, zero_);
         for (int i = dim_; i < wide_; i++) scale_[i] = zero_[i] = 0;
+        set_steps(scale_, zero_, wide_);
         for (int i = 0; i < n_; i++) {
-            F16 add{};
+            F16 add{}, high{};
             for (int c = 0; c < wide_; c += kLanes) {
-                F16 x = load(q + (int64_t)i * wide_ + c), s = load(scale_ + c), z = load(zero_ + c);
-                store(work_ + c, Small ? x * s : x * s * 0.0625f);
-                add += x * (Small ? z : z - s * 0.5f);
+                const F16 x = load(q + (int64_t)i * wide_ + c), v = x * load(scale_ + c);
+                store(work_ + c, v);
+                high = larger(high, larger(v, -v));
+                add += x * load(zero_ + c);
             }
-            float total;
-            to_digits<D>(work_, wide_, &room_.digits[(size_t)i * D * wide_], factors_[i], total);
-            adds_[i] = sum(add) + kCodeBias<Small> * total;
+            const float top = largest(high), inverse = top > 0 ? kMostWhole<D> / top : 0;
+            I16 whole{};
+            int8_t* digits = &room_.digits[(size_t)i * D * wide_];
+            for (int c = 0; c < wide_; c += kLanes) whole += store_digits<D>(load(work_ + c) * inverse, wide_, digits + c);
+            factors_[i] = top * (1 / kMostWhole<D>);
+            adds_[i] = sum(add);
+            if (kCodeBias<Small> != 0) adds_[i] += kCodeBias<Small> * factors_[i] * total_of(whole);
         }
-        for (int t = 0; t < tokens_; t += kLanes) {
-            const int64_t at = (int64_t)t * wide_ / 2;
-            unpack_codes<Small>(upper + at, lower + at, wide_ / 8, room_.codes.data());
-            dot_all<D, Small>(room_.codes.data(), wide_ / 4, room_.digits.data(), wide_, n_, [&](int i, F16 v) {
-                v = v * factors_[i] + adds_[i];
-                if (a_.softcap > 0)
-                    for (int j = 0; j < kLanes; j++) v[j] = a_.softcap * tanhf(v[j] / a_.softcap);
-                for (int j = p_.group - t; j < kLanes; j++) v[j] = -INFINITY;
-                store(scores_ + (int64_t)i * tokens_ + t, v);
-            });
-        }
+        dot_all<D, Small>(codes, tokens_ / kLanes, room_.digits.data(), wide_, n_, [&](int i, int tile, F16 v) {
+            v = v * factors_[i] + adds_[i];
+            if (a_.softcap > 0)
+                for (int j = 0; j < kLanes; j++) v[j] = a_.softcap * tanhf(v[j] / a_.softcap);
+            store(scores_ + (int64_t)i * tokens_ + tile * kLanes, v);
+        });
+        for (int i = 0; i < n_; i++)
+            for (int t = p_.group; t < tokens_; t++) scores_[(int64_t)i * tokens_ + t] = -INFINITY;
     }
 
     template <class PieceOf>
@@ -205,46 +259,51 @@ private:
         piece_of(i, top, sum_of, to);
         F16 high = splat(-INFINITY), total{};
         for (int t = 0; t < tokens_; t += kLanes) high = larger(high, load(score + t));
-        const float now = std::max(*top, largest(high)), keep = *top == -INFINITY ? 0 : expf(*top - now);
+        const float now = std::max(*top, largest(high));
+        const float keep = *top == now ? 1 : *top == -INFINITY ? 0 : expf(*top - now);
         for (int t = 0; t < tokens_; t += kLanes) {
-            F16 weight = exponential(load(score + t) - now);
-            for (int j = p_.group - t; j < kLanes; j++) weight[j] = 0;
+            const F16 below = load(score + t) - now;
+            const F16 weight = D == 3 ? exponential(below) : power_of_two(below * 1.44269504f);
             store(score + t, weight);
             total += weight;
         }
+        for (int t = p_.group; t < tokens_; t++) score[t] = 0;  // what they added to `total` is below its last bit
         *sum_of = *sum_of * keep + sum(total);
         *top = now;
         if (keep != 1)
             for (int c = 0; c < wide_; c += kLanes) store(to + c, load(to + c) * keep);
     }
 
+    // Weights are at most 1, the largest of the piece so far: the largest scale bounds their products, in all queries.
     template <class PieceOf>
-    void weigh(const uint8_t* upper, const uint8_t* lower, const uint8_t* scales, PieceOf&& piece_of) {
-        const int parts = dim_ / p_.value_group;
-        widen(a_.cache_format, scales, 2 * dim_, 2 * parts * tokens_, rest_);
-        for (int part = 0; part < parts; part++) {
-            const float *s = rest_ + part * tokens_, *z = rest_ + (parts + part) * tokens_;
+    void weigh(const Codes& codes, const uint8_t* scales, PieceOf&& piece_of) {
+        widen(a_.cache_format, scales, 2 * dim_, 2 * parts_ * tokens_, rest_);
+        for (int part = 0; part < parts_; part++) {
+            float *scale = rest_ + part * tokens_, *zero = rest_ + (parts_ + part) * tokens_;
+            set_steps(scale, zero, tokens_);
+            F16 high{};
+            for (int t = 0; t < tokens_; t += kLanes) high = larger(high, load(scale + t));
+            const float top = largest(high), inverse = top > 0 ? kMostWhole<D> / top : 0, factor = top * (1 / kMostWhole<D>);
+            for (int t = 0; t < tokens_; t += kLanes) store(scale + t, load(scale + t) * inverse);
             for (int i = 0; i < n_; i++) {
                 F16 add{};
+                I16 whole{};
+                int8_t* digits = &room_.digits[(size_t)i * D * tokens_];
                 for (int t = 0; t < tokens_; t += kLanes) {
-                    F16 w = load(scores_ + (int64_t)i * tokens_ + t), scale = load(s + t), zero = load(z + t);
-                    store(work_ + t, Small ? w * scale : w * scale * 0.0625f);
-                    add += w * (Small ? zero : zero - scale * 0.5f);
+                    const F16 w = load(scores_ + (int64_t)i * tokens_ + t);
+                    whole += store_digits<D>(w * load(scale + t), tokens_, digits + t);
+                    add += w * load(zero + t);
                 }
-                float total;
-                to_digits<D>(work_, tokens_, &room_.digits[(size_t)i * D * tokens_], factors_[i], total);
-                adds_[i] = sum(add) + kCodeBias<Small> * total;
+                adds_[i] = sum(add);
+                if (kCodeBias<Small> != 0) adds_[i] += kCodeBias<Small> * factor * total_of(whole);
             }
-            const int first = part * p_.value_group, last = std::min(first + p_.value_group, dim_);
-            for (int c = first; c < last; c += kLanes) {
-                const int64_t at = (int64_t)c * tokens_ / 2;
-                unpack_codes<Small>(upper + at, lower + (Small ? 0 : at), tokens_ / 8, room_.codes.data());
-                dot_all<D, Small>(room_.codes.data(), tokens_ / 4, room_.digits.data(), tokens_, n_, [&](int i, F16 v) {
-                    float *top, *sum_of, *to;
-                    piece_of(i, top, sum_of, to);
-                    store(to + c, load(to + c) + (v * factors_[i] + adds_[i]));
-                });
-            }
+            const int first = part * p_.value_group, tiles = (std::min(p_.value_group, dim_ - first) + kLanes - 1) / kLanes;
+            dot_all<D, Small>(codes.from(first / kLanes), tiles, room_.digits.data(), tokens_, n_, [&](int i, int tile, F16 v) {
+                float *top_of, *sum_of, *to;
+                piece_of(i, top_of, sum_of, to);
+                to += first + tile * kLanes;
+                store(to, load(to) + (v * factor + adds_[i]));
+            });
         }
     }
 
@@ -252,7 +311,7 @@ private:
     const Planes& p_;
     const int n_;
     BodyRoom& room_;
-    int dim_, wide_, tokens_;
+    int dim_, wide_, tokens_, parts_;
     float *scores_, *factors_, *adds_, *work_, *scale_, *zero_, *rest_;
 };
 
@@ -264,7 +323,7 @@ static void read_groups(const Attention& a, const Planes& p, int layer, int b, i
     const int64_t plane = (int64_t)p.tokens() * wide, numbers = 2 * a.head_dim + 2 * parts * p.tokens();
     const int64_t first = (((int64_t)layer * p.num_rows + b) * a.num_kv_heads + k) * p.capacity;
     for (int g = begin; g < end; g++)
-        reader.read(p.upper + (first + g) * plane, Small ? nullptr : p.lower + (first + g) * plane,
+        reader.read(p.upper + (first + g) * plane, (Small ? p.upper : p.lower) + (first + g) * plane,
                     p.scales + (first + g) * numbers * (a.cache_format == kFloat32 ? 4 : 2), q, piece_of);
 }
 

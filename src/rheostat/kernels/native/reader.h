@@ -50,19 +50,21 @@ public:
         : d_(decoder), a_(decoder.attention), s_(reading), c_(common), phases_(phases), team_(team), thread_(thread), p_(own) {}
 
     void run() {
-        for (int i = s_.first_layer; i < s_.last_layer; i++) {
-            const Layer& layer = d_.layers[i];
-            phase_ = (i - s_.first_layer) * kPhases;
-            norm(layer.input_norm);
-            project(layer);
-            prepare(layer, i);
-            attend(layer);
-            put_out(layer);
-            feed_forward(layer.ffn, choose(layer, i));
-        }
+        for (int i = s_.first_layer; i < s_.last_layer; i++) run_layer(i);
     }
 
-private:
+protected:
+    void run_layer(int i) {
+        const Layer& layer = d_.layers[i];
+        phase_ = (i - s_.first_layer) * kPhases;
+        norm(layer.input_norm, c_.normed);
+        project(layer);
+        prepare(layer, i);
+        attend(layer);
+        put_out(layer);
+        feed_forward(layer.ffn, choose(layer, i));
+    }
+
     float* residual(int n) { return s_.hidden + (int64_t)n * d_.hidden_size; }
 
     // Blocks of tokens, for what each token does for itself.
@@ -83,12 +85,13 @@ private:
         });
     }
 
-    void norm(const float* weight) {
+    // The residual stream, normalised, into channels of `to` from `first` on; of the tokens `others`, if given.
+    void norm(const float* weight, HalfRows& to, int first = 0, const int32_t* others = nullptr) {
         float* normed = room(p_.normed, d_.hidden_size);
         each_block(16, [&](int begin, int end) {
             for (int n = begin; n < end; n++) {
-                rms_norm(residual(n), weight, d_.hidden_size, d_.eps, normed);
-                c_.normed.set(n, normed, d_.hidden_size);
+                rms_norm(residual(others ? others[n] : n), weight, d_.hidden_size, d_.eps, normed);
+                to.set(n, normed, d_.hidden_size, first);
             }
         });
     }
@@ -216,7 +219,7 @@ private:
     const Grouping& choose(const Layer& layer, int index) {
         const int count = s_.num_tokens;
         if (!s_.settings || !layer.router.width) {
-            norm(layer.post_norm);
+            norm(layer.post_norm, c_.normed);
             p_.whole.set_all(count, layer.ffn.num_experts);
             return p_.whole;
         }

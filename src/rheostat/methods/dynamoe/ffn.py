@@ -13,6 +13,7 @@ from rheostat.methods.dynamoe import gpu
 from rheostat.methods.dynamoe.experts import down_of, run_grouped, run_naive, run_one
 from rheostat.methods.dynamoe.routing import Router, choose_by_confidence, choose_by_damage
 from rheostat.runtime.weights import FFNWeights, RouterWeights
+from rheostat.skeleton import linear_around
 from rheostat.spending import Pass, Spending, current_pass, current_spending
 
 
@@ -63,9 +64,12 @@ class NestedFFN(MeteredFFN):
 
     def add_downs(self, *, has_bias: bool) -> None:
         """Give every smaller expert its own down projection [D, h], to be filled by a fit or from a file."""
-        like = self.mlp.down.weight
+        like, hidden_size = self.mlp.down.weight, self.mlp.hidden_size
         self.downs = nn.ModuleList(
-            nn.Linear(size, self.mlp.hidden_size, bias=has_bias, dtype=like.dtype, device=like.device)
+            linear_around(
+                nn.Parameter(like.new_empty(hidden_size, size)),
+                nn.Parameter(like.new_empty(hidden_size)) if has_bias else None,
+            )
             for size in self.sizes[:-1]
         )
 

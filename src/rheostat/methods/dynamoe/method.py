@@ -39,6 +39,7 @@ class DynaMoE(Method):
 
     name: ClassVar[str] = "dynamoe"
     stages: ClassVar[frozenset[str]] = frozenset({"width"})
+    needs_host: ClassVar[bool] = False
 
     num_experts: int = 4
     """E: slices of (e + 1) / E of the FFN; the last is the whole FFN."""

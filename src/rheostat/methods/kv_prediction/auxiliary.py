@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from rheostat import families, models
+from rheostat import families
 from rheostat.cost import Cost, dense_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
@@ -113,6 +113,8 @@ def load_auxiliary(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     Raises:
         SettingError: it cannot be loaded, or is an adapted model.
     """
+    from rheostat import models  # here, because it is built on transformers
+
     model, tokenizer = models.load(source)
     if not hasattr(model, "get_output_embeddings"):
         raise bad_setting("kv_prediction.auxiliary", source, "a plain model; this one is adapted")

@@ -45,7 +45,7 @@ def fit(model: PreTrainedModel, windows: torch.Tensor, *, ridge: float, progress
         progress("solving the auxiliary's maps", 1, 1)
         return {"unexplained": unexplained, "num_weights": maps.num_weights}
     sums = {
-        depth: _Sums(one, len(one.inputs) * model.config.hidden_size)
+        depth: _Sums(one, (len(one.inputs) + len(one.previous)) * model.config.hidden_size)
         for depth, one in held.items()
         if isinstance(one, Predictor)
     }
@@ -83,7 +83,9 @@ class _Sums:
         """One batch. First tokens, which the maps do not predict, are kept apart."""
         one = self.predictor
         layers = range(one.depth, one.depth + len(one.sizes))
-        x = one.features(kept)[:, 1:].flatten(0, 1).float()
+        is_first = torch.zeros(kept[one.depth].shape[:2], dtype=torch.bool, device=kept[one.depth].device)
+        is_first[:, 0] = True
+        x = one.features(kept, is_first)[:, 1:].flatten(0, 1).float()
         x = torch.cat([x.new_ones(len(x), 1), x], 1)  # [N, X]
         targets = torch.cat([seen[kind, layer].float() for layer in layers for kind in ("keys", "values")], -1)
         y = targets[:, 1:].flatten(0, 1)  # [N, sum of 2 K d]

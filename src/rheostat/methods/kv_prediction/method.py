@@ -57,6 +57,9 @@ class KVPrediction(Method):
     """How many of a prompt's last tokens the model itself reads, on the predicted cache; at least the last one."""
     inputs: tuple[float, ...] = (0.0, 1 / 3, 2 / 3)
     """Layers whose input the maps read beside that of the depth itself, as shares of the depth."""
+    previous: tuple[float, ...] = (0.0, 1.0)
+    """Layers whose input of the token before the maps read too, as shares of the depth: later layers ask what follows
+    a word, and find out by keys that know the word before."""
     rank: float = 1.0
     """Rank of all of a depth's maps together, relative to the model's width; 0 leaves them free."""
     ridge: float = 1e-3
@@ -87,6 +90,8 @@ class KVPrediction(Method):
             logger.warning("kv_prediction.keep_auxiliary=False has no effect: the auxiliary is the model's own layers")
         if not isinstance(self.inputs, tuple) or not all(_is_number(one, 0) and one < 1 for one in self.inputs):
             raise bad_setting("kv_prediction.inputs", self.inputs, "shares of the depth, from 0 to below 1")
+        if not isinstance(self.previous, tuple) or not all(_is_number(one, 0) and one <= 1 for one in self.previous):
+            raise bad_setting("kv_prediction.previous", self.previous, "shares of the depth, from 0 to 1")
         for field in (
             "rank",
             "ridge",
@@ -127,6 +132,10 @@ class KVPrediction(Method):
         """The layers whose input the maps of a depth read, the depth itself last."""
         return sorted({int(share * depth) for share in self.inputs} | {depth})
 
+    def previous_layers(self, depth: int) -> list[int]:
+        """The layers of which the maps of a depth read the token before, too."""
+        return sorted({int(share * depth) for share in self.previous})
+
     def _rank(self, width: int) -> int:
         return round(self.rank * width)
 
@@ -157,9 +166,11 @@ class KVPrediction(Method):
             predictor.attach(model, [maps])
             _handles[model] = []
             return
-        inputs = {depth: self.read_layers(depth) for depth in depths}
+        inputs = {depth: (self.read_layers(depth), self.previous_layers(depth)) for depth in depths}
         predictor.attach(model, predictor.prefix_maps(model, inputs, self._rank(model.config.hidden_size)))
-        _handles[model] = prefix.set_hooks(model, depths, {layer for read in inputs.values() for layer in read})
+        _handles[model] = prefix.set_hooks(
+            model, depths, {layer for both in inputs.values() for read in both for layer in read}
+        )
 
     def detach(self, model: PreTrainedModel) -> None:
         """Take both off; the model's own weights were never touched."""
@@ -225,7 +236,7 @@ class KVPrediction(Method):
     def _map_weights(self, geometry: Geometry, depth: int) -> int:
         if self.has_own_auxiliary:
             return geometry.num_layers * geometry.kv_values * self._small(geometry).kv_values // 2
-        num_features = len(self.read_layers(depth)) * geometry.hidden_size
+        num_features = (len(self.read_layers(depth)) + len(self.previous_layers(depth))) * geometry.hidden_size
         outputs = (geometry.num_layers - depth) * geometry.kv_values
         rank = self._rank(geometry.hidden_size)
         return rank * (num_features + outputs) if 0 < rank < num_features else num_features * outputs

@@ -32,20 +32,29 @@ class Predictor(families.Attachment):
     A text's first token, which later layers use as a sink and which looks like no other, is a learned constant.
     """
 
-    def __init__(self, depth: int, inputs: Sequence[int], width: int, rank: int, sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        depth: int,
+        inputs: Sequence[int],
+        width: int,
+        rank: int,
+        sizes: Sequence[int],
+        previous: Sequence[int] = (),
+    ) -> None:
         """
         Args:
             depth: the auxiliary's number of layers.
-            inputs: the layers whose normalised input is read, X = their number times D.
+            inputs: the layers whose normalised input is read.
+            previous: those of which the token before is read too; X = the number of both times D.
             width: D.
             rank: R, of all maps together; 0 for no bottleneck.
             sizes: K * d of each predicted layer, first to last.
         """
         super().__init__()
         self.depth = depth
-        self.inputs = tuple(inputs)
+        self.inputs, self.previous = tuple(inputs), tuple(previous)
         self.sizes = tuple(sizes)
-        num_features = len(self.inputs) * width
+        num_features = (len(self.inputs) + len(self.previous)) * width
         self.squeeze = nn.Linear(num_features, rank, bias=False) if 0 < rank < num_features else nn.Identity()
         """[R, X]."""
         num_mixed = rank if 0 < rank < num_features else num_features
@@ -59,13 +68,18 @@ class Predictor(families.Attachment):
         """Weights that every token is multiplied with; biases and constants are not counted."""
         return sum(one.numel() for name, one in self.named_parameters() if name.endswith(".weight"))
 
-    def features(self, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Layer -> its normalised input [B, T, D]; returns what the maps read, [B, T, X]."""
-        return torch.cat([kept[layer] for layer in self.inputs], -1)
+    def features(self, kept: Mapping[int, torch.Tensor], is_first: torch.Tensor) -> torch.Tensor:
+        """Layer -> its normalised input [B, T, D]; returns what the maps read, [B, T, X].
 
-    def mix(self, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        Args:
+            is_first: [B, T] bool, True for the first token of a text and the padding before it.
+        """
+        found = [kept[layer] for layer in self.inputs]
+        return torch.cat(found + [_before(kept[layer], is_first) for layer in self.previous], -1)
+
+    def mix(self, kept: Mapping[int, torch.Tensor], is_first: torch.Tensor) -> torch.Tensor:
         """The features behind the bottleneck, [B, T, R], computed once for all layers."""
-        return self.squeeze(self.features(kept))
+        return self.squeeze(self.features(kept, is_first))
 
     def read(
         self,
@@ -76,7 +90,9 @@ class Predictor(families.Attachment):
         cache: Cache,
     ) -> torch.Tensor:
         """Tokens [B, T] through the first layers, which fill their part of `cache`. Returns what `forward` needs."""
-        return self.mix(run_prefix(model, input_ids, attention_mask, position_ids, cache, self.depth))
+        kept = run_prefix(model, input_ids, attention_mask, position_ids, cache, self.depth)
+        is_padding = attention_mask[:, -input_ids.shape[1] :] == 0
+        return self.mix(kept, is_padding | (position_ids == 0))
 
     def auxiliary_cost(self, model: PreTrainedModel, counts: Sequence[tuple[int, int]], itemsize: int) -> Cost:
         """`read` for rows of so many (cached, new) tokens, less what metered FFNs bill themselves."""
@@ -93,6 +109,7 @@ class Predictor(families.Attachment):
         return PredictedLayers(
             depth=self.depth,
             reads=self.inputs,
+            previous=self.previous,
             squeeze=self.squeeze.weight.detach() if isinstance(self.squeeze, nn.Linear) else None,
             maps=tuple(one.weight.detach() for one in maps),
             biases=tuple(one.bias.detach() for one in maps),
@@ -111,6 +128,13 @@ class Predictor(families.Attachment):
         return keys, values
 
 
+def _before(x: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
+    """Of each token in x [B, T, D] the token before; itself where that is a text's first, which looks like no other, or
+    padding, or was read in an earlier pass."""
+    is_odd = torch.nn.functional.pad(is_first[:, :-1], (1, 0), value=True)
+    return torch.where(is_odd[..., None], x, torch.nn.functional.pad(x[:, :-1], (0, 0, 1, 0)))
+
+
 def predictors(model: PreTrainedModel) -> dict[int, Predictor | CacheMaps]:
     """The attached maps by depth; those of an auxiliary of its own are at depth 0."""
     held = cast(nn.ModuleList, getattr(families.decoder(model), PLACE))
@@ -122,10 +146,12 @@ def attach(model: PreTrainedModel, held: Sequence[Predictor | CacheMaps]) -> Non
     families.decoder(model).add_module(PLACE, nn.ModuleList(held).to(next(model.parameters())))
 
 
-def prefix_maps(model: PreTrainedModel, inputs: Mapping[int, Sequence[int]], rank: int) -> list[Predictor]:
-    """Maps from the model's own first layers: depth -> the layers they read."""
+def prefix_maps(
+    model: PreTrainedModel, inputs: Mapping[int, tuple[Sequence[int], Sequence[int]]], rank: int
+) -> list[Predictor]:
+    """Maps from the model's own first layers: depth -> the layers they read, of each token and of the one before it."""
     sizes, width = [one.size for one in families.key_values(model)], model.config.hidden_size
-    return [Predictor(depth, read, width, rank, sizes[depth:]) for depth, read in inputs.items()]
+    return [Predictor(depth, read, width, rank, sizes[depth:], previous) for depth, (read, previous) in inputs.items()]
 
 
 def detach(model: PreTrainedModel) -> None:

@@ -49,7 +49,7 @@ def predicting(
     made: dict[tuple[str, int], torch.Tensor] = {}
 
     def predict(module: Any, args: Any, features: torch.Tensor) -> None:
-        mixed = given if isinstance(predictor, CacheMaps) else predictor.mix(kept)
+        mixed = given if isinstance(predictor, CacheMaps) else predictor.mix(kept, is_first)
         for index in range(len(predictor.sizes)):
             keys, values = predictor(mixed, is_first, index)
             made["keys", predictor.depth + index], made["values", predictor.depth + index] = keys, values

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 from rheostat import families
 from rheostat.caches.counting import body_length, check_groups, saved_bytes
-from rheostat.caches.hierarchical import HierarchicalCache
 from rheostat.cost import Cost, Parts, dense_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
@@ -104,6 +103,8 @@ class QuantSpec(Method):
 
     def make_cache(self, model: PreTrainedModel) -> Cache:
         """A hierarchical one, read in 8 bits."""
+        from rheostat.caches.hierarchical import HierarchicalCache  # here, because it is built on transformers
+
         return HierarchicalCache(
             model.config,
             group_size=self.group_size,
@@ -161,10 +162,10 @@ class FourBitDrafter(SelfDrafter):
             with state.host.cheaply():
                 yield
             return
-        assert isinstance(state.cache, HierarchicalCache)
+        cache: Any = state.cache
         spending = current_spending()
         before = {} if spending is None else dict(spending.meter.side_bytes)
-        with state.cache.reading(4), drafting():
+        with cache.reading(4), drafting():
             yield
         if spending is None:
             return
