@@ -211,9 +211,10 @@ def show(args: argparse.Namespace) -> None:
         if row["cell"] == "sustained":
             print(f"| {row['mix']} | sustained: {row['sustained_per_second']:.2f} a second | | | | | | |")
             continue
-        row["perplexity_ratio"] = {text: ratio_at(line, row["spent"]) for text, line in points.items()}
+        least = parts(row["cell"])[1] or 1.0
+        row["perplexity_ratio_at_least"] = {text: ratio_at(line, least) for text, line in points.items()}
         thirds = ", ".join(f"{one['p95'] / 1e3:.2f}" for one in row["first_token_ms_by_third"] if one)
-        ratios = ", ".join(f"{value:.2f}" for value in row["perplexity_ratio"].values())
+        ratios = ", ".join(f"{value:.2f}" for value in row["perplexity_ratio_at_least"].values())
         print(
             f"| {row['mix']} | {row['cell']} | {row['arrived']} | {row['answers_per_second']:.1f} | {row['refused']} "
             f"| {thirds} | {row['spent']:.3f} | {ratios} |"

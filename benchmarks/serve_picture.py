@@ -57,7 +57,7 @@ def draw_adaptive(rows: Sequence[dict[str, Any]], path: Path) -> None:
         name, _, least = server.partition(":")
         reach = f", down to {least}" if least else ""
         told = f"{row['answers_per_second']:.1f} answers/s, {row['refused']} refused, compute {row['spent']:.2f}"
-        axes.set_title(f"{row['mix']}, {factor} times the load: {SERVERS[name]}{reach}\n{told}", fontsize=7.5)
+        axes.set_title(f"{factor} times the load\n{SERVERS[name]}{reach}\n{told}", fontsize=7.5)
         is_left, is_low = place % columns == 0, place + columns >= len(rows)
         _dress(axes, "came at, s" if is_low else "", "time to first token, s" if is_left else "")
     grid[0, 0].legend(fontsize=7, frameon=False)

@@ -182,6 +182,12 @@ def test_a_missing_file_is_named(saved, name):
         load_artifact(saved)
 
 
+def test_a_file_that_this_user_may_not_read_is_named(saved, monkeypatch):
+    monkeypatch.setattr(artifact.os, "access", lambda file, mode: file.name != "method.safetensors")  # root reads all
+    with pytest.raises(SettingError, match=r"the file method.safetensors cannot be read by this user"):
+        load_artifact(saved)
+
+
 @pytest.mark.parametrize("name", ["method.safetensors", "model.safetensors"])
 def test_a_truncated_file_is_named_with_its_size(saved, name):
     file = saved / name

@@ -20,6 +20,22 @@ def fill(folder: Path, text: str = "new") -> None:
     (folder / "file").write_text(text)
 
 
+@pytest.mark.parametrize(("umask", "rights"), [(0o022, 0o644), (0o077, 0o600)])
+def test_files_have_the_rights_that_the_umask_gives(tmp_path, umask, rights):
+    before = os.umask(umask)
+    try:
+        with whole_folder(tmp_path / "out") as folder:
+            (folder / "deep").mkdir()
+            for file in (folder / "model", folder / "deep" / "file"):
+                file.touch(0o600)  # as safetensors writes
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "out").rglob("*") if file.is_file()} == {
+        "model": rights,
+        "file": rights,
+    }
+
+
 def old_folder(tmp_path: Path) -> Path:
     path = tmp_path / "out"
     path.mkdir()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +150,8 @@ def check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
         file = folder / name
         if not file.is_file():
             raise SettingError(f"artifact={str(folder)!r}: the file {name} is missing")
+        if not os.access(file, os.R_OK):
+            raise SettingError(f"artifact={str(folder)!r}: the file {name} cannot be read by this user")
         found = _facts(file)
         if found["bytes"] != wanted["bytes"]:
             raise SettingError(

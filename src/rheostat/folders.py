@@ -79,6 +79,7 @@ def whole_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         temporary.chmod(0o755)
         yield temporary
+        _share(temporary)
         if path.exists():
             old = temporary.with_name(temporary.name + ".old")
             path.rename(old)
@@ -104,3 +105,15 @@ def whole_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _share(folder: Path) -> None:
+    """Give the files the rights that the user's umask gives new ones: safetensors writes for the owner alone, and a
+    model is often served by another user."""
+    probe = folder / ".rights"
+    probe.touch()
+    rights = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(rights)
