@@ -146,8 +146,8 @@ static void ahead_of(const Decoder& decoder, Reading reading, int threads) {
     std::unique_ptr<int32_t[]> early(new int32_t[tokens]), others(new int32_t[tokens]);
     for (int n = 0; n < tokens; n++) early[n] = draw() % 4 > 0, others[n] = n ? n - 1 : 0;
     reading.last_layer = 1;
-    const Ahead two = {reads, columns, is_other, others.get(), early.get(), bias, firsts, squeeze.m, narrow.m, 3, 1};
-    const Ahead one = {reads + 1, columns + 1, is_other + 1, others.get(), early.get(), bias, firsts, {}, wide.m, 1, 0};
+    const Predicted two = {reads, columns, is_other, others.get(), early.get(), bias, firsts, squeeze.m, narrow.m, 3, 1};
+    const Predicted one = {reads + 1, columns + 1, is_other + 1, others.get(), early.get(), bias, firsts, {}, wide.m, 1, 0};
     rheostat_read_ahead(&decoder, &reading, &two, threads);
     rheostat_read_ahead(&decoder, &reading, &one, threads);
 }

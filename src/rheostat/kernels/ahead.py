@@ -79,7 +79,7 @@ class NativeAhead:
         """
         call = self._reader.prepare(range(self._depth), h, prompt, cache, settings, rope)
         early, befores = is_early.to(torch.int32), others.to(torch.int32)
-        ahead = structs.CAhead(is_early=early.data_ptr(), others=befores.data_ptr(), **self._fixed)
+        ahead = structs.CPredicted(is_early=early.data_ptr(), others=befores.data_ptr(), **self._fixed)
         self._reader.library.rheostat_read_ahead(
             ctypes.byref(call.decoder), ctypes.byref(call.reading), ctypes.byref(ahead), torch.get_num_threads()
         )

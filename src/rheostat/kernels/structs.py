@@ -172,8 +172,8 @@ class CReading(ctypes.Structure):
     )
 
 
-class CAhead(ctypes.Structure):
-    """`Ahead` of native/ahead.h."""
+class CPredicted(ctypes.Structure):
+    """`Predicted` of native/ahead.h."""
 
     _fields_ = (
         ("reads", _pointer),

@@ -7,7 +7,7 @@
 
 #include "reader.h"
 
-struct Ahead {
+struct Predicted {
     const int32_t* reads;     // [num_reads], the layers whose input is read, rising; the last may be where reading stops
     const int32_t* columns;   // [num_reads], where that goes among the features, in units of D
     const int32_t* is_other;  // [num_reads], whether it is read of another token
@@ -31,7 +31,7 @@ constexpr int kTokensWritten = 16;  // at a time
 
 class AheadReader : public Reader {
 public:
-    AheadReader(const Ahead& ahead, AheadCommon& shared, const Decoder& decoder, const Reading& reading, ReaderCommon& common,
+    AheadReader(const Predicted& ahead, AheadCommon& shared, const Decoder& decoder, const Reading& reading, ReaderCommon& common,
                 Phases& phases, Team& team, int thread, ReaderOwn& own)
         : Reader(decoder, reading, common, phases, team, thread, own), ahead_(ahead), f_(shared) {}
 
@@ -100,11 +100,11 @@ private:
         }
     }
 
-    const Ahead& ahead_;
+    const Predicted& ahead_;
     AheadCommon& f_;
 };
 
-static void read_ahead(const Decoder& d, const Reading& s, const Ahead& ahead, int num_threads) {
+static void read_ahead(const Decoder& d, const Reading& s, const Predicted& ahead, int num_threads) {
     ReaderCommon common;
     AheadCommon shared;
     lay_out(d, s, common);

@@ -200,6 +200,6 @@ EXPORT void rheostat_read_prompts(const Decoder* decoder, const Reading* reading
     read_prompts(*decoder, *reading, num_threads);
 }
 
-EXPORT void rheostat_read_ahead(const Decoder* decoder, const Reading* reading, const Ahead* ahead, int num_threads) {
+EXPORT void rheostat_read_ahead(const Decoder* decoder, const Reading* reading, const Predicted* ahead, int num_threads) {
     read_ahead(*decoder, *reading, *ahead, num_threads);
 }
