@@ -29,7 +29,7 @@ from rheostat.dial import Dial
 from rheostat.digests import known_digest
 from rheostat.errors import SettingError, bad_setting
 from rheostat.folders import whole_folder
-from rheostat.methods import make_method
+from rheostat.methods import kept_method
 from rheostat.report import card
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def load_artifact(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     adapted = Adapted(
-        model, make_method(manifest["method"]), Dial.from_dict(manifest["dial"]), report=manifest["report"]
+        model, kept_method(manifest["method"]), Dial.from_dict(manifest["dial"]), report=manifest["report"]
     )
     adapted.method.load_state(model, load_file(folder / TENSORS))
     return adapted, tokenizer

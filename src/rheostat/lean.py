@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from rheostat.adapted import Adapted
 from rheostat.artifact import TENSORS, check_files, read_manifest
 from rheostat.dial import Dial
-from rheostat.methods import make_method
+from rheostat.methods import kept_method
 from rheostat.skeleton import Config, Skeleton, Unknown
 from rheostat.wording import Wording
 
@@ -33,7 +33,7 @@ def load_lean(folder: Path, *, dtype: torch.dtype = torch.float32) -> tuple[Adap
         SettingError: a newer format, a missing or damaged file, or a file other than the one that was saved.
     """
     manifest = read_manifest(folder)
-    method = make_method(manifest["method"])
+    method = kept_method(manifest["method"])
     if method.needs_host:
         raise Unknown(f"the method {method.name}")
     words = Wording(folder)

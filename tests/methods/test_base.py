@@ -8,7 +8,7 @@ import torch
 from rheostat.adapted import Adapted
 from rheostat.cost import dense_cost
 from rheostat.errors import SettingError
-from rheostat.methods import METHODS, Method, make_method
+from rheostat.methods import METHODS, Method, kept_method, make_method
 from rheostat.methods.base import STAGES, positions
 from tests.tiny import tiny_model, tiny_windows
 
@@ -115,3 +115,18 @@ def test_unknown_names_are_refused():
         make_method({})
     with pytest.raises(SettingError, match="dynamoe.nonsense=3: must be one of the settings num_experts"):
         make_method({"name": "dynamoe", "nonsense": 3})
+
+
+def test_a_setting_younger_than_the_artifact_is_what_it_was_in_effect():
+    now = make_method({"name": "kv_prediction"})
+    assert now.previous
+    kept = {key: value for key, value in now.to_dict().items() if key != "previous"}
+    chain = {"name": "chain", "methods": [kept, {"name": "dynamoe"}]}
+    assert kept_method(kept).previous == kept_method(chain).methods[0].previous == ()
+    for spec in (now.to_dict(), make_method(chain).to_dict()):
+        assert kept_method(spec).to_dict() == spec
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_came_later_is_a_setting(name):
+    assert set(METHODS[name].before) <= set(METHODS[name]().to_dict())

@@ -34,3 +34,16 @@ def make_method(settings: Mapping[str, Any]) -> Method:
     if name not in METHODS:
         raise bad_setting("method", name, f"one of {', '.join(METHODS)}")
     return METHODS[name].from_dict(settings)
+
+
+def kept_method(settings: Mapping[str, Any]) -> Method:
+    """A method as an artifact keeps it. Settings that came later than the artifact are what they were in effect then
+    (`Method.before`), not what they are by default now.
+
+    Raises:
+        SettingError: as `make_method`.
+    """
+    if settings.get("name") == Chain.name:
+        return Chain([kept_method(one) for one in settings.get("methods", ())])
+    known = METHODS.get(settings.get("name", ""), Method)
+    return make_method(dict(known.before) | dict(settings))

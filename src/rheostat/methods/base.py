@@ -78,6 +78,8 @@ class Method:
     will do for our own runtime."""
     reads_prompts: ClassVar[bool] = False
     """`prefill` does more than run the model on the prompt; the host's `generate` then reads prompts through it."""
+    before: ClassVar[Mapping[str, Any]] = {}
+    """What settings amounted to before there were any such: artifacts written then do not name them."""
 
     # -- attach and detach
 

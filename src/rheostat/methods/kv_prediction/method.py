@@ -39,6 +39,7 @@ class KVPrediction(Method):
     name: ClassVar[str] = "kv_prediction"
     stages: ClassVar[frozenset[str]] = frozenset({"prefill"})
     reads_prompts: ClassVar[bool] = True
+    before: ClassVar[Mapping[str, Any]] = {"previous": ()}
 
     auxiliary: str = auxiliary.PREFIX
     """What reads the prompt: prefix (the model's own first layers), pruned (a copy with layers left out), or the name
