@@ -70,3 +70,23 @@ def test_a_system_without_the_advice_gets_ordinary_memory(monkeypatch):
     monkeypatch.delattr(memory.mmap, "MADV_HUGEPAGE", raising=False)
     assert not zeros((3, 1 << 20), torch.float32).any()
     assert aligned_bytes(5 << 20).shape == (5 << 20,)
+
+
+def test_a_slab_made_in_inference_mode_serves_outside_it():
+    memory._slab = memory._slab[:0]
+    with torch.inference_mode():
+        small, large = aligned_bytes(64), aligned_bytes(SLAB)
+    for piece in (small, large, aligned_bytes(64)):
+        assert not piece.is_inference()
+        piece.fill_(1)
+
+
+def test_a_kernel_without_huge_pages_loses_nothing_but_speed(monkeypatch):
+    class Pages(mmap.mmap):
+        def madvise(self, *advice):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(memory.mmap, "mmap", Pages)
+    piece = aligned_bytes(SLAB)
+    assert piece.data_ptr() % HUGE_PAGE == 0
+    assert int(piece.max()) == 0

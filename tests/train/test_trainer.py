@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,3 +243,28 @@ def test_groups_are_clipped_apart():
     ClipGroups().on_pre_optimizer_step(None, None, None, optimizer=optimizer)
     assert groups[0].grad.norm().item() == pytest.approx(MAX_GRADIENT)
     assert groups[1].grad.tolist() == pytest.approx([0.3, 0.4])
+
+
+def test_a_step_without_finite_gradients_changes_nothing(caplog):
+    from rheostat.train.trainer import MAX_SKIPPED, ClipGroups
+
+    groups = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [one]} for one in groups])
+    clip, state, args = ClipGroups(), SimpleNamespace(global_step=6), SimpleNamespace(learning_rate=0.1)
+
+    def step(value: float) -> None:
+        groups[0].grad, groups[1].grad = torch.tensor([value, 1.0]), torch.ones(2)
+        clip.on_pre_optimizer_step(args, state, None, optimizer=optimizer)
+        optimizer.step()
+
+    for value in (float("inf"), float("nan")):
+        step(value)
+        assert [one.tolist() for one in groups] == [[1.0, 1.0], [1.0, 1.0]]
+    assert "step 7" in caplog.text
+    step(1.0)  # the count begins anew
+    assert groups[0].tolist() != [1.0, 1.0]
+    for _ in range(MAX_SKIPPED - 1):
+        step(float("nan"))
+    with pytest.raises(SettingError, match="learning_rate=0.1"):
+        step(float("nan"))
+    assert all(bool(torch.isfinite(one).all()) for one in groups)

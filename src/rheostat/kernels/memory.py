@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from contextlib import suppress
 
 import torch
 
@@ -48,10 +49,12 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 def _zeroed(num_bytes: int) -> torch.Tensor:
     """[num_bytes] uint8 of the system's own zero pages."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(num_bytes, dtype=torch.uint8)
-    pages = mmap.mmap(-1, num_bytes + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = torch.frombuffer(pages, dtype=torch.uint8)  # which keeps `pages`
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    skip = -whole.data_ptr() % HUGE_PAGE
-    return whole[skip : skip + num_bytes]
+    with torch.inference_mode(False):  # a slab outlives the mode in which it was asked for
+        if not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.zeros(num_bytes, dtype=torch.uint8)
+        pages = mmap.mmap(-1, num_bytes + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # only advice: a kernel without huge pages loses nothing but speed
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        whole = torch.frombuffer(pages, dtype=torch.uint8)  # which keeps `pages`
+        skip = -whole.data_ptr() % HUGE_PAGE
+        return whole[skip : skip + num_bytes]

@@ -27,6 +27,8 @@ from rheostat.train.settings import TrainSettings
 logger = logging.getLogger(__name__)
 
 MAX_GRADIENT = 1.0
+MAX_SKIPPED = 10
+"""Steps in a row without finite gradients after which training is given up."""
 
 
 class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -206,13 +208,30 @@ class DialTrainer(Trainer):
 
 class ClipGroups(TrainerCallback):
     """Averages the gradients over the processes, and clips those of routers and of all else apart: the routers' noisy
-    labels must not scale down the rest."""
+    labels must not scale down the rest. A step whose gradients are not finite changes nothing; many of them in a row are
+    an error."""
+
+    def __init__(self) -> None:
+        self.num_skipped = 0  # in a row
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Each parameter group to a norm of at most `MAX_GRADIENT`."""
-        processes.average_gradients(p for group in kwargs["optimizer"].param_groups for p in group["params"])
-        for group in kwargs["optimizer"].param_groups:
-            torch.nn.utils.clip_grad_norm_(group["params"], MAX_GRADIENT)
+        """Each parameter group to a norm of at most `MAX_GRADIENT`.
+
+        Raises:
+            SettingError: `MAX_SKIPPED` steps in a row had gradients that were not finite.
+        """
+        groups = [group["params"] for group in kwargs["optimizer"].param_groups]
+        processes.average_gradients(p for group in groups for p in group)
+        norms = [torch.nn.utils.clip_grad_norm_(group, MAX_GRADIENT) for group in groups]
+        if all(bool(torch.isfinite(norm)) for norm in norms):
+            self.num_skipped = 0
+            return
+        for parameter in (p for group in groups for p in group):
+            parameter.grad = None  # which the optimizer passes over
+        self.num_skipped += 1
+        logger.warning("training: the gradients of step %d are not finite; it changes nothing", state.global_step + 1)
+        if self.num_skipped >= MAX_SKIPPED:
+            raise bad_setting("train.learning_rate", args.learning_rate, "lower: gradients are not finite any more")
 
 
 class Clock(TrainerCallback):

@@ -23,6 +23,14 @@ def test_gamma_deviance_is_least_at_the_conditional_mean():
     assert right < router_loss(expected.log() - 0.3, draws, "damage", 0.1)
 
 
+def test_a_score_far_too_low_has_a_finite_gradient():
+    for score in (-12.0, -95.0, -1e4):
+        scores = torch.full((4, 2), score, requires_grad=True)
+        router_loss(scores, torch.ones(4, 2), "damage", 0.1).backward()
+        assert bool((scores.grad < -100 / 8).all())  # upwards, and hard
+        assert bool(torch.isfinite(scores.grad.norm()))
+
+
 def test_router_learns_expected_damage_from_smooth_and_noisy_targets():
     x, expected, draws = data()
     fresh_x, fresh, _ = data(1)

@@ -19,16 +19,22 @@ DRAW_SHARE = 4
 """The noisy draws are seen for a quarter as many steps."""
 
 
+STEEPEST = 8.0
+"""Nats between a damage and its score, 3000-fold: beyond what the noise of single draws reaches."""
+
+
 def router_loss(scores: torch.Tensor, damage: torch.Tensor, target: str, tolerance: float) -> torch.Tensor:
     """How wrong the router's scores [N, outputs] are about the damage [N, E-1].
 
-    For `damage`, the deviance of a gamma distribution: its minimum is the conditional mean even where single
-    damages are
-    noisy, which a squared error of logarithms is not. For `class`, cross-entropy with the thresholded labels.
+    For `damage`, the deviance of a gamma distribution: its minimum is the conditional mean even where single damages
+    are noisy, which a squared error of logarithms is not. It grows no steeper above `STEEPEST`, so that one score far
+    too low has a finite gradient. For `class`, cross-entropy with the thresholded labels.
     """
     if target == "class":
         return torch.nn.functional.cross_entropy(scores, labels(damage, tolerance))
-    return (damage.clamp(min=0) * (-scores).exp() + scores).mean()
+    gap = damage.clamp(min=1e-30).log() - scores
+    ratio = gap.clamp(max=STEEPEST).exp() * (1 + (gap - STEEPEST).clamp(min=0))  # e^gap, then its tangent
+    return (ratio + scores).mean()
 
 
 def fit_router(
