@@ -208,8 +208,8 @@ class DialTrainer(Trainer):
 
 class ClipGroups(TrainerCallback):
     """Averages the gradients over the processes, and clips those of routers and of all else apart: the routers' noisy
-    labels must not scale down the rest. A step whose gradients are not finite changes nothing; many of them in a row are
-    an error."""
+    labels must not scale down the rest. A step whose gradients are not finite changes nothing; many in a row are an
+    error."""
 
     def __init__(self) -> None:
         self.num_skipped = 0  # in a row
