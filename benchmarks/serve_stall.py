@@ -64,7 +64,8 @@ def main() -> None:
             port, log = serving.free_port(), args.out.with_suffix(f".{piece}.log")
             flags = ("--prefill-tokens", piece, "--dtype", "bfloat16", "--weights", "int8")
             bases[piece] = stack.enter_context(serving.serving(serving.ours(args.model, port, *flags), port, log))
-            serving.wait_up(bases[piece], log)
+        for piece, base in bases.items():  # which start side by side
+            serving.wait_up(base, args.out.with_suffix(f".{piece}.log"))
         for place in range(args.rounds + 1):  # the first to warm up
             for piece, base in bases.items():
                 one = asyncio.run(longest_gap(base, args.tokens, place))
