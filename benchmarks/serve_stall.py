@@ -25,7 +25,8 @@ WRITER = Request("Write a long story about a river.", 1.0, 150, False)
 
 
 async def longest_gap(base: str, num_tokens: int, place: int) -> dict[str, float]:
-    """In ms: between two tokens of an answer before and after the long prompt comes, and that prompt's first token."""
+    """In ms: between two tokens of an answer before and after the long prompt comes, from that answer's first token to
+    its last, and the long prompt's first token."""
     many = " ".join(f"{sentence} ({place}.{k})" for k, sentence in zip(range(400), itertools.cycle(serving.SENTENCES)))
     long = Request(many[: int(3.6 * num_tokens)], 1.0, 2, False)
     found = Answer(-1)
@@ -42,6 +43,7 @@ async def longest_gap(base: str, num_tokens: int, place: int) -> dict[str, float
     return {
         "calm": 1e3 * max(gaps[5:25]),
         "longest": 1e3 * max(gaps[25:]),
+        "answer": 1e3 * (found.times[-1] - found.times[0]),
         "first_token": 1e3 * reader.times[0],
         "prompt_tokens": reader.usage["prompt_tokens"],
     }
@@ -64,15 +66,23 @@ def main() -> None:
             port, log = serving.free_port(), args.out.with_suffix(f".{piece}.log")
             flags = ("--prefill-tokens", piece, "--dtype", "bfloat16", "--weights", "int8")
             bases[piece] = stack.enter_context(serving.serving(serving.ours(args.model, port, *flags), port, log))
-            serving.wait_up(bases[piece], log)
+        for piece, base in bases.items():  # which start side by side
+            serving.wait_up(base, args.out.with_suffix(f".{piece}.log"))
         for place in range(args.rounds + 1):  # the first to warm up
             for piece, base in bases.items():
                 one = asyncio.run(longest_gap(base, args.tokens, place))
                 found.setdefault(piece, []).extend([one] if place else [])
-    for piece, ones in found.items():
-        figures["pieces"][piece] = {key: statistics.median(one[key] for one in ones) for key in ones[0]}
-        print(piece, json.dumps(figures["pieces"][piece]))
-    args.out.write_text(report.to_json(figures, indent=1))
+            if place:  # each round, so that a run that is cut off has given what it found
+                figures["rounds"], figures["pieces"] = place, {piece: medians(ones) for piece, ones in found.items()}
+                args.out.write_text(report.to_json(figures, indent=1))
+    for piece, one in figures["pieces"].items():
+        print(piece, json.dumps(one))
+
+
+def medians(ones: list[dict[str, float]]) -> dict[str, float]:
+    """Of each figure, and the longest gap of all."""
+    found = {key: statistics.median(one[key] for one in ones) for key in ones[0]}
+    return found | {"longest_of_all": max(one["longest"] for one in ones)}
 
 
 if __name__ == "__main__":

@@ -105,12 +105,12 @@ class Live:
         self.clients.append(openai.OpenAI(base_url=f"{self.base}/v1", **defaults | settings))
         return self.clients[-1]
 
-    def wait_idle(self, seconds: float = 10.0) -> None:
+    def wait_idle(self, seconds: float = 60.0) -> None:
         """Until the engine has nothing left."""
         until(lambda: self.engine.scheduler.is_idle, seconds)
 
 
-def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
+def until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait for a condition."""
     deadline = time.monotonic() + seconds
     while not holds():

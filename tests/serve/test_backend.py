@@ -27,3 +27,14 @@ def test_where_a_prompts_cache_cannot_be_gone_on_from(tiny: Tiny, monkeypatch: p
     assert isinstance(make_backend(tiny.adapted), StockBackend)
     with pytest.raises(SettingError, match="runtime=native.*a cache of another kind"):
         make_backend(tiny.adapted, "native")
+
+
+def test_a_slower_one_that_nobody_asked_for_is_said(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setenv("RHEOSTAT_KERNELS", "plain")
+    assert isinstance(make_backend(tiny.adapted, "stock"), StockBackend)
+    assert not caplog.records
+    assert isinstance(make_backend(tiny.adapted), StockBackend)
+    assert [one.levelname for one in caplog.records] == ["WARNING"]
+    assert "row after row" in caplog.text

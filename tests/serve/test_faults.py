@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -258,13 +259,12 @@ def folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_sigterm_finishes_what_is_in_flight(folder: Path, tiny: Tiny):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "rheostat", "serve", str(folder), "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+def test_sigterm_finishes_what_is_in_flight(folder: Path, tiny: Tiny, tmp_path: Path):
+    command = [sys.executable, "-m", "rheostat", "serve", str(folder), "--port", "0"]
+    log = tmp_path / "log"
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True) as process:
         try:
-            base = f"http://127.0.0.1:{port}"
+            base = address(log, process)
             until(lambda: is_up(base) or process.poll() is not None, 120)
             with httpx.stream("POST", f"{base}/v1/completions", json=LONG, timeout=60) as answer:
                 parts = answer.iter_text()
@@ -276,8 +276,8 @@ def test_sigterm_finishes_what_is_in_flight(folder: Path, tiny: Tiny):
             assert "".join(piece["choices"][0]["text"] for piece in pieces) == tiny.offline("rivers", 1.0, 200)
             assert process.wait(30) == 0
             assert not is_up(base)
-            out, err = process.communicate()
-            assert f"http://127.0.0.1:{port}/v1" in out
+            _, err = process.communicate()
+            assert f"{base}/v1" in log.read_text()
             logs = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
             assert any(one.get("path") == "/v1/completions" and one["status"] == 200 for one in logs)
             assert "rivers" not in err
@@ -310,13 +310,12 @@ main()
 @pytest.mark.slow
 @pytest.mark.model
 def test_a_memory_limit_is_a_clear_answer_and_the_server_stays(tmp_path: Path):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    flags = ["--port", str(port), "--name", "dense", "--rows", "32", "--cache-tokens", "1000000"]
+    flags = ["--port", "0", "--name", "dense", "--rows", "32", "--cache-tokens", "1000000"]
     command = [sys.executable, "-c", LIMITED, "serve", "smollm2-135m", *flags]
-    with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+    log = tmp_path / "log"
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
         try:
-            base = f"http://127.0.0.1:{port}"
+            base = address(log, process)
             until(lambda: is_up(base) or process.poll() is not None, 180)
             short: Any = {"model": "dense", "prompt": "The river", "max_tokens": 8, "temperature": 0}
             before = httpx.post(f"{base}/v1/completions", json=short, timeout=120).json()["choices"][0]["text"]
@@ -327,6 +326,14 @@ def test_a_memory_limit_is_a_clear_answer_and_the_server_stays(tmp_path: Path):
             assert after == before
         finally:
             process.kill()
+
+
+def address(log: Path, process: subprocess.Popen[Any]) -> str:
+    """Of a server that took a free port, from what it prints: a port that is probed first may be somebody's by then."""
+    until(lambda: "/v1\n" in log.read_text() or process.poll() is not None, 180)
+    found = re.search(r"(http://\S+)/v1$", log.read_text(), re.MULTILINE)
+    assert found, "it ended before it served"
+    return found[1]
 
 
 def is_up(base: str) -> bool:

@@ -7,6 +7,7 @@ what an answer cost does not depend on who else was there.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from rheostat.adapted import Adapted
 from rheostat.meter import Meter
 from rheostat.runtime.building import Unsupported
 from rheostat.runtime.choosing import refuse
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -79,16 +82,23 @@ def make_backend(adapted: Adapted, runtime: str = "auto", weights: str = "auto")
         SettingError: `native` was asked for and cannot be had.
     """
     from rheostat.serve.native import NativeBackend
-    from rheostat.serve.stock import StockBackend
 
     native = adapted.runtime(runtime, weights)
     if native is None:
-        return StockBackend(adapted)
+        return _stock(adapted, runtime)
     backend, row = NativeBackend(adapted, native), Row([1, 1], Meter(keep_passes=False))
     try:
         backend.join([Join([row], 1.0)])  # a method's own prefill may leave a cache that we cannot go on from
     except Unsupported as reason:
         refuse(runtime, reason)
-        return StockBackend(adapted)
+        return _stock(adapted, runtime)
     backend.leave(row)
     return backend
+
+
+def _stock(adapted: Adapted, runtime: str) -> Backend:
+    from rheostat.serve.stock import StockBackend
+
+    if runtime != "stock":  # it serves all the same, several times slower: nobody should have to find out by a clock
+        logger.warning("transformers serves, row after row and slower: our runtime cannot run this model here")
+    return StockBackend(adapted)

@@ -237,7 +237,7 @@ def test_text_streams(tmp_path):
             return "".join(chr(97 + int(i) % 26) for i in ids)
 
     adapted = given()
-    streamer = TextIteratorStreamer(Letters(), skip_prompt=True, timeout=5)
+    streamer = TextIteratorStreamer(Letters(), skip_prompt=True, timeout=60)
     with spend({"prefill": adapted.dial.low}):
         out = adapted.generate(tiny_windows(1, 12), max_new_tokens=6, do_sample=False, streamer=streamer)
     assert "".join(streamer) == Letters().decode(out[0, 12:])
