@@ -43,7 +43,10 @@ def kept_method(settings: Mapping[str, Any]) -> Method:
     Raises:
         SettingError: as `make_method`.
     """
+    return make_method(_as_meant(settings))
+
+
+def _as_meant(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings.get("name") == Chain.name:
-        return Chain([kept_method(one) for one in settings.get("methods", ())])
-    known = METHODS.get(settings.get("name", ""), Method)
-    return make_method(dict(known.before) | dict(settings))
+        return dict(settings) | {"methods": [_as_meant(one) for one in settings.get("methods", ())]}
+    return dict(METHODS.get(settings.get("name", ""), Method).before) | dict(settings)
