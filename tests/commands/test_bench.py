@@ -94,6 +94,7 @@ def test_drafts_in_tables_figures_and_report(rheostat, dial_folder, tiny_text, t
     assert "bytes a token" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow  # a process for each side
 def test_memory_of_each_side_and_a_dense_model(rheostat, tiny_model_folder: Path):
     small = ("--prompts", "16", "--batch", "1", "--new", "2", "--rounds", "1", "--stock", "fp32", "--compute", "1.0")
     done = rheostat("bench", tiny_model_folder, *small, "--weights", "int8", "--json")
