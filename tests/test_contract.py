@@ -227,8 +227,9 @@ def test_compute_spent_falls_with_compute_asked_and_is_close_to_it(name, family)
                 logits(adapted, windows)
         spent.append(meter.compute)
     assert spent[0] == 1.0
-    # Next to the dense setting the routers themselves are what is new, and in a model this small they show.
-    assert all(b <= a + 0.01 for a, b in pairwise(spent))
+    # A chain's path is ordered by what its calibration text spent; where two points lie close, another text may differ.
+    slack = 0.01 if len(adapted.method.dialled()) > 1 else 1e-9
+    assert all(b <= a + slack for a, b in pairwise(spent))
     if len(adapted.method.dialled()) > 1:  # measured on prompts and answers in a mix
         assert spent[-1] < 0.9
     elif adapted.method.steps(adapted.geometry) is not None:

@@ -83,4 +83,4 @@ class _Mixed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, total: torch.Tensor, *parts: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return ctx.gradient.mul_(total), None, None, None, None
+        return ctx.gradient * total, None, None, None, None
