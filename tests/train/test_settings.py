@@ -24,6 +24,8 @@ def test_the_default_trains_nothing():
         ("learning_rate", float("nan")),
         ("router_learning_rate", -1e-3),
         ("save_minutes", 0),
+        ("settles", -1),
+        ("settle_windows", 0),
         ("warmup_share", 1.1),
         ("warmup_share", -0.1),
         ("low", 0.0),
