@@ -23,7 +23,6 @@ from rheostat.runtime.packing import check_format
 from rheostat.speculate.drafter import Drafter, Host
 from rheostat.spending import (
     Compute,
-    answering,
     current_spending,
     register_dial,
     spend,
@@ -106,7 +105,7 @@ class Adapted(nn.Module):
         compute: Compute | Mapping[str, Compute] | None = None,
         runtime: str = "auto",
         weights: str = "auto",
-        hold: bool | None = None,
+        hold: bool = False,
         speculate: str | Drafter | None = None,
         draft_compute: float | None = None,
         draft_risk: float = 1.0,
@@ -120,8 +119,8 @@ class Adapted(nn.Module):
             runtime: `auto` runs what it can on our own runtime and the rest on `transformers`; `native` refuses the
                 rest; `stock` is `transformers` always.
             weights: what our runtime holds the weights in: fp32, bf16, fp16, int8, int4; `auto` is the model's dtype.
-            hold: steer each request by what it has spent, so that it ends at what was asked. Left out, the enclosing
-                `spend` decides; without one, and without drafts, yes.
+            hold: steer each request by what it has spent, so that it ends at what was asked. Goes with `compute`; a
+                `spend` block has its own.
             speculate: how to draft: `self`, `low_dial`, `prompt_lookup`, `streaming_llm`, `snapkv`, or a `Drafter`.
                 Then `draft_length` is how much; `speculate.generating.generate` has the other arguments.
             draft_compute: of the `low_dial` draft; left out, the least that the dial reaches.
@@ -135,12 +134,11 @@ class Adapted(nn.Module):
         from rheostat.speculate.pacing import Pace
 
         outer = current_spending()
-        if hold is not None and compute is None:
-            raise bad_setting("hold", hold, "left out where no compute is given: the enclosing spend decides")
-        if hold and speculate is not None:
-            raise bad_setting("hold", hold, "False with drafts, which are checked several tokens at a time")
-        around = nullcontext() if compute is None else spend(compute, meter=outer.meter if outer else None, hold=hold)
-        with around, answering(is_held=speculate is None):
+        if hold and compute is None:
+            raise bad_setting("hold", hold, "False where no compute is given: the enclosing spend decides")
+        if (hold or (compute is None and outer is not None and outer.hold)) and speculate is not None:
+            raise bad_setting("hold", True, "False with drafts, which are checked several tokens at a time")
+        with nullcontext() if compute is None else spend(compute, meter=outer.meter if outer else None, hold=hold):
             if speculate is not None:
                 drafter = make_drafter(speculate, self.method, self.dial.low, compute=draft_compute, risk=draft_risk)
                 Pace.of(kwargs.get("draft_length", DRAFT_LENGTH))  # before anything is packed or read

@@ -19,7 +19,7 @@ from rheostat.runtime.building import Unsupported
 from rheostat.runtime.choosing import refuse
 from rheostat.runtime.engine import Runtime
 from rheostat.sampling import Sampling, sample
-from rheostat.spending import Spending, answering, current_spending
+from rheostat.spending import Spending, current_spending
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,12 @@ class _Stock:
     def __init__(self, adapted: Adapted, input_ids: torch.Tensor, mask: torch.Tensor) -> None:
         self.adapted, self.mask = adapted, mask
         self.cache = adapted.method.make_cache(adapted.model)
-        with answering():
-            self.logits = adapted.method.prefill(adapted.model, input_ids, mask, self.cache)
+        self.logits = adapted.method.prefill(adapted.model, input_ids, mask, self.cache)
 
     def step(self, token_ids: torch.Tensor) -> None:
         """Read the newest token [B] of each row."""
         self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
-        with answering():
-            self.logits = self.adapted.method.decode(self.adapted.model, token_ids[:, None], self.mask, self.cache)
+        self.logits = self.adapted.method.decode(self.adapted.model, token_ids[:, None], self.mask, self.cache)
 
 
 class _Native:
@@ -134,9 +132,7 @@ def _start_native(
 ) -> _Stock | _Native:
     """A prompt read by our runtime; or by the method that acts at prefill, and then we go on from its cache."""
     if adapted.reads_prompts_on(runtime):
-        settings = adapted.settings("prefill", len(input_ids))
-        with answering():
-            account = adapted.account(len(input_ids))
+        settings, account = adapted.settings("prefill", len(input_ids)), adapted.account(len(input_ids))
         return _Native(adapted, Batch.read(runtime, input_ids, mask, settings, num_new=num_new, account=account))
     stock = _Stock(adapted, input_ids, mask)
     try:

@@ -1,11 +1,11 @@
 """Holding a request to the `compute` it asked for: its own spending steers the setting that its next tokens get.
 
-A dial's table is a mean over text: a hard request spends more at the same setting, an easy one less. Here every row has an
-account of the weights it was asked to save and of those it did save, and a setting is looked up in the same table, for
-the savings that are still wanted, divided by how well such settings have worked on this row so far.
+A dial's table is a mean over text: a hard request spends more at the same setting, an easy one less. Here every row has
+an account of the weights it was asked to save and of those it did save, and a setting is looked up in the same table,
+for the savings that are still wanted, divided by how well such settings have worked on this row so far.
 
-- A *prompt*, of which only the last token's logits are wanted, is held as a whole: every few layers (`Table.groups`) its
-  price is set anew by what its tokens saved in the layers before. So how much a token gets depends on later
+- A *prompt*, of which only the last token's logits are wanted, is held as a whole: every few layers (`Table.groups`)
+  its price is set anew by what its tokens saved in the layers before. So how much a token gets depends on later
   tokens of the same prompt; nothing that it computes does, and nothing is predicted from any of them but the last.
 - A *text whose every token is scored* is held causally: the price of a token depends on what tokens up to itself saved
   in the layers before, as if the text ended there.
@@ -19,7 +19,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from rheostat.dial import Dial
 from rheostat.geometry import Geometry
@@ -186,11 +185,8 @@ class Reading:
         self._saved = np.zeros(counts.shape)
         """[B, C], by each part in the layers so far."""
         self._expected = np.zeros(counts.shape)
-        self._before = np.zeros((len(asked), 1))
-        """What one phantom saved in the layers so far."""
-        known = np.minimum(account.tokens, MEMORY)[:, None]
-        self._prior = PRIOR_SHARE * (self.totals + self._extra) * typical + 1
-        self._known = (self._prior + account.saved[:, None], self._prior + account.expected[:, None], known)
+        prior = PRIOR_SHARE * (self.totals + self._extra) * typical + 1
+        self._known = (prior + account.saved[:, None], prior + account.expected[:, None])
         self._values = np.zeros(counts.shape)
 
     def setting(self, layer: int) -> Numbers:
@@ -202,7 +198,7 @@ class Reading:
     def _steer(self, group: int) -> Numbers:
         table = self.account.table
         saved, expected = self._saved.cumsum(1), self._expected.cumsum(1)
-        mine, theirs, _ = self._known
+        mine, theirs = self._known
         ratio = ((saved + mine) / (expected + theirs)).clip(*RATIOS)
         number = self.totals + self._extra
         wanted = self.owed - self.account.balance[:, None] - saved
@@ -219,8 +215,3 @@ class Reading:
             total = self._saved.sum(1)
             balance = self.account.balance + total - self.owed[:, -1]
             self.account.book(balance, total, self._expected.sum(1), self.totals[:, -1])
-
-
-def tensor(values: Numbers, device: torch.device) -> torch.Tensor:
-    """Native settings as layers read them, float32."""
-    return torch.from_numpy(values.astype(np.float32)).to(device)

@@ -39,8 +39,8 @@ class Spending:
     """(layer, x [N, D]) -> expert [N]: replaces the routers' choice, for baselines, oracles and training."""
     native: Mapping[str, float] | None = None
     """Method name -> native setting for all rows: bypasses the dial, for calibration and training."""
-    hold: bool | None = None
-    """Steer each row by what it has spent; None: where answers are generated, and nowhere else."""
+    hold: bool = False
+    """Steer each row by what it has spent."""
 
     def rows(self, phase: str, num_rows: int) -> tuple[float, ...]:
         """The asked `compute` of each of `num_rows` rows. Beams and samples of one request are neighbours and
@@ -68,7 +68,7 @@ def spend(
     meter: Meter | None = None,
     native: Mapping[str, float] | None = None,
     override: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
-    hold: bool | None = None,
+    hold: bool = False,
 ) -> Iterator[Meter]:
     """Run adapted models at `compute` inside the block, and count what they spend.
 
@@ -80,7 +80,7 @@ def spend(
         native: method name -> native setting; used instead of `compute` (for calibration and training).
         override: (layer, x [N, D]) -> expert [N]; used instead of the routers (for baselines and oracles).
         hold: steer each request by what it has spent, so that it ends at what was asked; without, the dial's table
-            decides alone, and `compute` is a mean over text. Left out: `generate` and `stream` do, other passes do not.
+            decides alone, and `compute` is a mean over text.
 
     Yields:
         The `Meter`.
@@ -110,22 +110,6 @@ def _check_compute(value: Compute) -> tuple[float, ...]:
     if not numbers or any(math.isnan(v) or not 0 < v <= 1 for v in numbers):
         raise bad_setting("compute", value, "a number in (0, 1], or one a row")
     return numbers
-
-
-@contextmanager
-def answering(is_held: bool = True) -> Iterator[None]:
-    """Inside the block requests are answered: they are held, unless the enclosing `spend` says otherwise. With
-    `is_held=False` they are not, whatever it says: drafted tokens are checked several at a time, and what the
-    first of them spends cannot steer the second."""
-    spending = current_spending()
-    if spending is None or (is_held and spending.hold is not None):
-        yield
-        return
-    token = _spending.set(replace(spending, hold=is_held))
-    try:
-        yield
-    finally:
-        _spending.reset(token)
 
 
 @contextmanager
