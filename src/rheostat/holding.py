@@ -29,11 +29,12 @@ HORIZON = 16
 """Tokens over which a step of decoding makes up for what went before, at least."""
 HORIZON_SHARE = 1 / 8
 """And as a share of the tokens so far: a long request is steered more gently."""
-PHANTOM = 16
+PHANTOM = 64
 """Tokens of a scored text that are taken to have spent as expected, before its own count."""
+KNOWN = 16
+"""Tokens of an answer that are taken to have saved as expected, before its own count."""
 PRIOR_SHARE = 0.15
-"""Of a pass's expected savings, or of `PHANTOM` tokens': as much is taken to have come as expected, so that the first
-layers and tokens do not decide."""
+"""Of a pass's savings: as much is taken to have come as expected, so that its first layers do not decide."""
 MEMORY = 64
 """Tokens after which what a row's savings tell about its next ones has faded (to 1 / e)."""
 PROMPT_MEMORY = 16
@@ -122,7 +123,7 @@ class Account:
         """The next token of each row, at the `compute` [B] asked for; 1 is dense."""
         table = self.table
         owed = (1 - asked) * table.weights(np.ones(1), np.ones(1))
-        prior = PHANTOM * owed + 1
+        prior = KNOWN * owed + 1
         ratio = ((self.saved + prior) / (self.expected + prior)).clip(*RATIOS)
         horizon = np.maximum(HORIZON, self.tokens * HORIZON_SHARE)
         places = table.find(0, (owed - self.balance / horizon) / ratio)

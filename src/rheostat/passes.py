@@ -29,7 +29,8 @@ NewAccount = Callable[[int], Account | None]
 
 
 class PassHooks:
-    """Three hooks: one announces each pass of the decoder, two count what no layer of a method counts.
+    """Four hooks: one notes how many logits are wanted, one announces each pass of the decoder, two count what no layer
+    of a method counts.
 
     Args:
         model: with its method attached, so that it is known which FFNs count for themselves.
