@@ -185,7 +185,7 @@ def test_the_table_finds_the_place_that_saves_what_is_wanted():
 def test_a_profile_says_which_layers_save():
     shares = tuple((1.0,) * 15 + (1 - k / 3,) * 15 for k in range(4))
     one = Table(replace(DIAL, profile={"m": shares}), SMOLLM2, "m")
-    assert one.of_group[0, 3] < one.of_group[-1, 3] / 10
+    assert one.of_group[0, 3] < one.of_group[-1, 3] / 4
     assert one.of_group.sum(0) == pytest.approx((1 - np.array(DIAL.compute)) * SMOLLM2.token_flops / 2)
 
 

@@ -29,7 +29,7 @@ HORIZON = 16
 """Tokens over which a step of decoding makes up for what went before, at least."""
 HORIZON_SHARE = 1 / 8
 """And as a share of the tokens so far: a long request is steered more gently."""
-PHANTOM = 64
+PHANTOM = 16
 """Tokens of a scored text that are taken to have spent as expected, before its own count."""
 KNOWN = 16
 """Tokens of an answer that are taken to have saved as expected, before its own count."""
