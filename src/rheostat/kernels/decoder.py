@@ -58,6 +58,7 @@ class NativeDecoder:
         out: torch.Tensor | None = None,
         counts: Sequence[int] | None = None,
         hidden: torch.Tensor | None = None,
+        drafted: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Take the newest token of each row, or its newest `counts` tokens: their keys and values join the cache, whose
         lengths grow by as many. Each token sees those of its row before it, and itself.
@@ -71,23 +72,27 @@ class NativeDecoder:
             out: [N, V] float32, contiguous: where the logits go.
             counts: [B], new tokens of each row, 0 for one that waits. None: one a row.
             hidden: [N, D] float32, contiguous, what enters the first layer instead of the tokens' embeddings; used up.
+            drafted: [n, N] int64, contiguous: n steps instead of one, each after the first taking the most likely
+                tokens of the one before, which are written here. For one token a row at most; see `can_draft`.
 
         Returns:
-            Logits [N, V] float32, and the expert [L, N] int64 that each layer took; None when all took the full FFN
-            without a router being asked.
+            Logits [N, V] float32, and the expert [L, N] int64 that each layer took, [n, L, N] with `drafted`; None
+            when all took the full FFN without a router being asked.
 
         Raises:
             SettingError: the batch does not fit the cache or the decoder.
         """
         num_rows = self._check(token_ids, positions, cache, settings, counts)
         news = torch.tensor([1] * num_rows if counts is None else list(counts), dtype=torch.int32)
-        cache.reserve(int((cache.lengths + news).max()))
-        table = rope.reserve(int(positions.max()) + 1)
+        number = 1 if drafted is None else len(drafted)
+        cache.reserve(int((cache.lengths + news * number).max()))
+        table = rope.reserve(int(positions.max()) + number)
         hidden = _embed(self._weights.embedding, token_ids) if hidden is None else hidden
         is_routed = settings is not None and self._weights.is_routed and bool((settings > 0).any())
         settings = settings.float().contiguous() if is_routed and settings is not None else None
         logits = torch.empty(num_rows, self._weights.vocab_size) if out is None else out
-        experts = torch.empty(len(self._weights.layers), num_rows, dtype=torch.int64) if is_routed else None
+        shape = (len(self._weights.layers), num_rows)
+        experts = torch.empty(shape if drafted is None else (number, *shape), dtype=torch.int64) if is_routed else None
         heads = structs.CAttention(
             *self._attention,
             structs.CACHE_DTYPES[cache.dtype],
@@ -109,9 +114,30 @@ class NativeDecoder:
         )
         places = (cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.stride(0))
         step = structs.CStep(*before, tokens, *places, *after, num_rows)
-        self._library.rheostat_step(ctypes.byref(decoder), ctypes.byref(step), torch.get_num_threads())
-        cache.advance(1 if counts is None else news)
+        if drafted is None:
+            self._library.rheostat_step(ctypes.byref(decoder), ctypes.byref(step), torch.get_num_threads())
+        else:
+            draft = self._draft(drafted, num_rows, counts)
+            self._library.rheostat_draft(
+                ctypes.byref(decoder), ctypes.byref(step), ctypes.byref(draft), torch.get_num_threads()
+            )
+        cache.advance(news * number)
         return logits, experts
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether several greedy steps can be one call: where native code can look up rows of the embedding."""
+        table = self._weights.embedding
+        return isinstance(table, torch.Tensor) and table.dtype in structs.CACHE_DTYPES and table.stride(1) == 1
+
+    def _draft(self, drafted: torch.Tensor, num_rows: int, counts: Sequence[int] | None) -> structs.CDraft:
+        table = self._weights.embedding
+        if not self.can_draft or max(counts or [1]) > 1:
+            raise bad_setting("drafted", counts, "one token a row at most, and an embedding that is not packed")
+        if drafted.shape[1:] != (num_rows,) or drafted.dtype != torch.int64 or not drafted.is_contiguous():
+            raise bad_setting("drafted", tuple(drafted.shape), f"whole numbers [n, {num_rows}]")
+        kind = structs.CACHE_DTYPES[table.dtype]
+        return structs.CDraft(table.data_ptr(), table.stride(0), kind, len(drafted), drafted.data_ptr())
 
     def _check(
         self,

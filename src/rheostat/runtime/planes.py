@@ -12,6 +12,7 @@ import torch
 from rheostat.caches import planes
 from rheostat.caches.counting import body_length
 from rheostat.errors import SettingError, bad_setting
+from rheostat.kernels.memory import zeros
 from rheostat.runtime.building import Unsupported
 from rheostat.runtime.cache import KVCache
 from rheostat.runtime.weights import CacheForm, DecoderWeights
@@ -43,7 +44,7 @@ class PlaneBody:
         tokens, width = _padded(group_size), _padded(shape[3])
         parts = shape[3] // value_group_size
         self.upper, self.lower, self.scales = (
-            torch.zeros(*shape[:3], groups, size, dtype=kind)
+            zeros((*shape[:3], groups, size), kind)
             for size, kind in (
                 (tokens * width, torch.uint8),
                 (tokens * width, torch.uint8),
@@ -141,7 +142,7 @@ class PlaneBody:
     def _grow(self, groups: int) -> None:
         for name in ("upper", "lower", "scales"):
             old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:3], groups, old.shape[4])
+            new = zeros((*old.shape[:3], groups, old.shape[4]), old.dtype)
             new[:, :, :, : old.shape[3]] = old
             setattr(self, name, new)
 

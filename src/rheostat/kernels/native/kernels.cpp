@@ -1,6 +1,6 @@
 // What Python calls. Arguments are checked there; here they are taken as right.
 #include "ahead.h"
-#include "decoder.h"
+#include "draft.h"
 #include "reader.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -99,6 +99,10 @@ EXPORT void rheostat_attention(const Attention* a, const float* q, const void* k
 
 EXPORT void rheostat_step(const Decoder* decoder, const Step* step, int num_threads) {
     take_step(*decoder, *step, num_threads);
+}
+
+EXPORT void rheostat_draft(const Decoder* decoder, const Step* step, const Draft* draft, int num_threads) {
+    write_draft(*decoder, *step, *draft, num_threads);
 }
 
 // y [M, N] = x [M, K] W^T + bias; W in bfloat16 or float32
