@@ -137,13 +137,13 @@ INLINE int32_t quad_at(const int8_t* p) {
 
 // -- one panel with R rows: acc[r] = the 16 outputs of row r
 
-constexpr int kFetched = 4096;  // bytes ahead of a panel's reading
+constexpr int kFetched = 4096;  // bytes ahead of a panel's reading, to the second cache: the first cannot ask for so many
 
 // Several rows keep the processor busy with so many products that it does not look far enough ahead by itself; for one
 // or two it does, and asking costs more than it brings.
 template <int R>
 INLINE void fetch_ahead(const uint8_t* w) {
-    if (R > 2) __builtin_prefetch(w + kFetched);
+    if (R > 2) __builtin_prefetch(w + kFetched, 0, 2);
 }
 
 template <int R>
