@@ -24,6 +24,11 @@ SPARE = 16
 """Slots of the buffer beyond 2G, for drafted tokens; it grows when a draft is longer."""
 
 
+AT_ONCE = 1 << 18
+"""Numbers that are quantised together at most: what is between is several times as large, and a flush of one group has
+few numbers in many layers, so that one layer at a time it would be calls of torch and nothing else."""
+
+
 class PlaneBody:
     """The quantised tokens of L layers and B rows."""
 
@@ -76,10 +81,13 @@ class PlaneBody:
         start, more = int(self.groups[row]), keys.shape[2] // self.group_size
         if start + more > self.upper.shape[3]:
             self._grow(max(start + more, 2 * self.upper.shape[3]))
-        for layer in range(len(keys)):  # one at a time: what is between is large
-            for group, block in enumerate(self._blocks(keys[layer], values[layer])):
-                target = (self.upper, self.lower, self.scales)[group]
-                target[layer, row, :, start : start + more] = block
+        layers, heads, num, dim = keys.shape
+        several = max(1, AT_ONCE // (heads * num * dim))
+        for first in range(0, layers, several):
+            here = slice(first, first + several)
+            parts = (one[here].flatten(0, 1) for one in (keys, values))  # [l K, n, d]
+            for target, block in zip((self.upper, self.lower, self.scales), self._blocks(*parts), strict=True):
+                target[here, row, :, start : start + more] = block.unflatten(0, (-1, heads))
         self.groups[row] += more
 
     def select(self, rows: list[int]) -> None:
@@ -111,7 +119,7 @@ class PlaneBody:
     # -- layout
 
     def _blocks(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Upper bytes, lower bytes, scales [K, n / G, ...] of one layer's keys and values [K, n, d]."""
+        """Upper bytes, lower bytes, scales [K, n / G, ...] of keys and values [K, n, d], of the heads of some layers."""
         size, dim = self.group_size, keys.shape[2]
         num, tokens, width = keys.shape[1] // size, _padded(size), _padded(dim)
         key = planes.quantise(keys.to(self.dtype), -2, size)
