@@ -174,6 +174,7 @@ def _again(side: NativeSide, state: tuple[Any, torch.Tensor], new: int) -> dict[
         start = time.perf_counter()
         for _ in range(new):
             state = side.decode(state)
+        side.wait()
         seconds = (time.perf_counter() - start) / new
         batch.cache.truncate(4096)
         batch.positions.fill_(4096)

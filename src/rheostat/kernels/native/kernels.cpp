@@ -97,6 +97,20 @@ EXPORT void rheostat_attention(const Attention* a, const float* q, const void* k
     });
 }
 
+// Rows `ids` [M] of an embedding [V, D] of floats of the format: out [M, D].
+EXPORT void rheostat_embed(const void* table, const int64_t* ids, float* out, int format, int num_rows, int width) {
+    for (int r = 0; r < num_rows; r++)
+        for (int i = 0; i < width; i += kLanes) {
+            const int n = std::min(kLanes, width - i);
+            const int64_t at = ids[r] * width + i;
+            F16 v;
+            if (format == kFloat32) v = get_part<kFloat32>((const float*)table + at, n);
+            else if (format == kBFloat16) v = get_part<kBFloat16>((const uint16_t*)table + at, n);
+            else v = get_part<kFloat16>((const uint16_t*)table + at, n);
+            store_most(out + (int64_t)r * width + i, v, n);
+        }
+}
+
 EXPORT void rheostat_step(const Decoder* decoder, const Step* step, int num_threads) {
     take_step(*decoder, *step, num_threads);
 }
