@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -85,6 +87,17 @@ def test_a_step_of_each_family(family):
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_step_in_each_format(format):
     compare(packed(tiny_model(), format), None, num_rows=2, tolerance=TOLERANCE[format])
+
+
+def test_a_step_whose_matrices_are_in_4_and_in_8_bits():
+    """Gate and up of the first layer, and the head, lie on the grid of 4 bits."""
+    own = build(tiny_model("qwen3"))
+    grid, head = (kernels.pack(one, "int4").unpack() for one in (own.layers[0].ffn.gate, own.head))
+    first = replace(own.layers[0], ffn=replace(own.layers[0].ffn, gate=grid, up=grid * 0.5))
+    weights = packing.decode_form(replace(own, layers=(first, *own.layers[1:]), head=head), "mixed")
+    formats = {one.format for one in packing.matrices(weights) if isinstance(one, kernels.PackedMatrix)}
+    assert formats == {"int4", "int8"}
+    compare(weights, None, num_rows=3, tolerance=TOLERANCE["int4"])
 
 
 @pytest.mark.parametrize("target", ["damage", "class"])

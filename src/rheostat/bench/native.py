@@ -100,7 +100,8 @@ class NativeSide(Side):
                 (getattr(form.layers[i].ffn, n), getattr(plain.layers[i].ffn, n))
                 for i in layers
                 for n in ("gate", "up")
-            ],
+            ]
+            + [(form.layers[i].ffn.downs[-1], plain.layers[i].ffn.downs[-1]) for i in layers],
             "head": [(form.head, plain.head)],
         }
         shares = {
