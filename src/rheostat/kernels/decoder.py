@@ -11,6 +11,7 @@ import torch
 
 from rheostat.errors import bad_setting
 from rheostat.kernels import structs
+from rheostat.kernels.embedding import can_look_up, look_up
 from rheostat.kernels.layers import describe_layer, packed
 from rheostat.kernels.packed import PackedMatrix
 
@@ -142,13 +143,10 @@ class NativeDecoder:
         table = self._weights.embedding
         if isinstance(table, PackedMatrix):
             return table.rows(token_ids)
-        if table.dtype not in structs.CACHE_DTYPES or table.device.type != "cpu" or not table.is_contiguous():
+        if not can_look_up(table):
             found: torch.Tensor = table[token_ids].float().contiguous()
             return found
-        # Not by torch, which would wake a thread for a few rows: it then spins, on a core that this step needs.
-        places = (ctypes.c_void_p(one.data_ptr()) for one in (table, token_ids, hidden))
-        self._library.rheostat_embed(*places, structs.CACHE_DTYPES[table.dtype], *hidden.shape)
-        return hidden
+        return look_up(self._library, table, token_ids, hidden)
 
     def _check(
         self,
