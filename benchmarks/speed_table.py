@@ -35,7 +35,7 @@ from rheostat.text import pack, read_texts
 
 PARTS = ("decode", "prefill", "batch", "long", "cold", "quality")
 
-FORMATS = ("fp32", "bf16", "fp16", "int8", "int4")
+FORMATS = ("fp32", "bf16", "fp16", "int8", "mixed", "int4")
 
 Row = dict[str, Any]
 
@@ -105,7 +105,7 @@ def compare(rows: Sequence[Row], phase: str, ours: str, other: str) -> Row:
 def decode(bench: Bench) -> Row:
     """One row after a prompt of 128 tokens: formats at dial 1, and two of them at lower dials."""
     stock = [bench.stock("float16")]
-    dials = [bench.native(format, compute) for format in ("bf16", "int8") for compute in bench.low]
+    dials = [bench.native(format, compute) for format in ("bf16", "int8", "mixed") for compute in bench.low]
     ours = [bench.native(format) for format in FORMATS]
     others = bench.llama(256)
     rows = bench.times([*stock, *ours, *dials, *others], bench.ids(1, 128), 33)
@@ -135,7 +135,7 @@ def batch(bench: Bench) -> Row:
     out: Row = {"rows": [], "compared": []}
     stock = [bench.stock(dtype) for dtype in ("float32", "bfloat16", "float16")]
     for number in (8, 16):
-        ours = [bench.native(format) for format in ("bf16", "int8")]
+        ours = [bench.native(format) for format in ("bf16", "int8", "mixed")]
         for side in ours:
             choices = [1.0, *bench.low]
             side.compute = [choices[row % len(choices)] for row in range(number)]
@@ -150,7 +150,7 @@ def batch(bench: Bench) -> Row:
 def long(bench: Bench) -> Row:
     """Decoding with 4096 tokens in the cache: the prompt is read once, and the cache cut back after each round."""
     ids, new, rows = bench.ids(1, 4096), 16, []
-    sides = [bench.native(format, context=64) for format in ("bf16", "int8")]
+    sides = [bench.native(format, context=64) for format in ("bf16", "int8", "mixed")]
     states = {}
     for side in sides:
         with side.session():
@@ -174,6 +174,7 @@ def _again(side: NativeSide, state: tuple[Any, torch.Tensor], new: int) -> dict[
         start = time.perf_counter()
         for _ in range(new):
             state = side.decode(state)
+        side.wait()
         seconds = (time.perf_counter() - start) / new
         batch.cache.truncate(4096)
         batch.positions.fill_(4096)

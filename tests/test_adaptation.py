@@ -199,6 +199,13 @@ def test_training_is_reported(model, tiny_tokenizer):
     assert {"loss", "distill", "router"} <= trained["log"][-1].keys()
 
 
+def test_routers_are_fitted_anew_after_training(model, tiny_tokenizer):
+    adapted = adapted_on(model, tiny_tokenizer, train=TRAIN)
+    assert len(adapted.report["settled"]["layers"]) == len(nested_ffns(model))
+    adapted.detach()
+    assert "settled" not in adapted_on(model, tiny_tokenizer).report
+
+
 def test_a_chain_distils_as_its_methods_do(model, tiny_tokenizer):
     adapted = adapt(model, tiny_tokenizer, Chain([METHOD]), TEXT, held_out=HELD, fit=FIT, train=TRAIN)
     assert "dynamoe.distill" in adapted.report["trained"]["log"][-1]

@@ -33,6 +33,9 @@ def test_gated_mlp_sees_the_hosts_function(family):
     torch.testing.assert_close(part, mlp.hidden(x)[:, 8:24], rtol=1e-4, atol=1e-5)
     storages = {p.untyped_storage().data_ptr() for p in layer.mlp.parameters()}
     assert {w.untyped_storage().data_ptr() for w in (gate, up)} <= storages  # views, not copies
+    blocks = mlp.gate_up_blocks((8, 24, 64))
+    for (start, stop), block in zip(((0, 8), (8, 24), (24, 64)), blocks, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(block, mlp.gate_up(start, stop), strict=True))
 
 
 @every

@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,8 +121,18 @@ def adapt(
         if train.tokens:
             adapted.dial = calibrate(adapted, held, progress=progress)
             trained_on = _digest(key, facts["train"], hashlib.sha256(held.numpy().tobytes()).hexdigest())
-            facts["trained"] = _train(adapted, tokenizer, texts, train, teacher, seed, work, trained_on, progress)
+
+            def settle() -> dict[str, Any]:
+                generator = torch.Generator().manual_seed(seed)
+                some = windows[: train.settle_windows]
+                return method.settle(model, some, generator=generator, progress=progress)
+
+            facts["trained"] = _train(
+                adapted, tokenizer, texts, train, teacher, settle, seed, work, trained_on, progress
+            )
             del teacher
+            if train.settles:
+                facts["settled"] = settle()
         started = time.perf_counter()
         adapted.dial = calibrate(adapted, held, progress=progress)
         facts["dial_seconds"] = round(time.perf_counter() - started, 1)
@@ -170,6 +181,7 @@ def _train(
     texts: list[Document],
     settings: TrainSettings,
     teacher: PreTrainedModel | None,
+    settle: Callable[[], Any],
     seed: int,
     work: Path | None,
     key: str,
@@ -187,7 +199,8 @@ def _train(
         )
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) if work is None else work / f"train-{key[:12]}"
-        return train(adapted, windows, settings, output_dir=output, teacher=teacher, seed=seed, progress=progress)
+        with_these = {"teacher": teacher, "settle": settle, "seed": seed, "progress": progress}
+        return train(adapted, windows, settings, output_dir=output, **with_these)
 
 
 def _named(data: Any) -> str:

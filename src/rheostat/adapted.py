@@ -114,7 +114,8 @@ class Adapted(nn.Module):
         Args:
             runtime: `auto` runs what it can on our own runtime and the rest on `transformers`; `native` refuses the
                 rest; `stock` is `transformers` always.
-            weights: what our runtime holds the weights in: fp32, bf16, fp16, int8, int4; `auto` is the model's dtype.
+            weights: what our runtime holds the weights in: fp32, bf16, fp16, int8, int4, mixed; `auto` is the
+                model's dtype.
             speculate: how to draft: `self`, `low_dial`, `prompt_lookup`, `streaming_llm`, `snapkv`, or a `Drafter`.
                 Then `draft_length` is how much; `speculate.generating.generate` has the other arguments.
             draft_compute: of the `low_dial` draft; left out, the least that the dial reaches.

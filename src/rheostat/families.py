@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -136,6 +136,15 @@ class GatedMLP:
             half = self.ffn_size
             return both[start:stop], both[half + start : half + stop]  # type: ignore[index]
         return self.host.gate_proj.weight[start:stop], self.host.up_proj.weight[start:stop]  # type: ignore[union-attr,index]
+
+    def gate_up_blocks(self, stops: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Weights of gate and up for the channels up to each of `stops` from the one before, the last of them F."""
+        widths = [stop - start for start, stop in zip((0, *stops), stops, strict=False)]
+        if self.is_fused:
+            pieces = self.host.gate_up_proj.weight.split(widths * 2)  # type: ignore[union-attr,operator]
+            return list(zip(pieces[: len(widths)], pieces[len(widths) :], strict=True))
+        gates, ups = (linear.weight.split(widths) for linear in (self.host.gate_proj, self.host.up_proj))  # type: ignore[union-attr,operator]
+        return list(zip(gates, ups, strict=True))
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
         """All hidden activations A = act(gate(x)) * up(x), [..., F], through the host's own modules (adapters

@@ -192,6 +192,21 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, settings):
     assert not changed(weights(whole), weights(resumed))
 
 
+@pytest.mark.parametrize(("settles", "at"), [(0, []), (1, []), (2, [4]), (3, [3, 5]), (100, [*range(1, 8)])])
+def test_what_training_outruns_is_solved_anew_in_between(tmp_path, settles, at):
+    done, steps = [], []
+    settings = dataclasses.replace(SETTINGS, tokens=8 * SETTINGS.batch_size * SETTINGS.length, settles=settles)
+    train(
+        tiny_adapted(),
+        tiny_windows(16),
+        settings,
+        output_dir=tmp_path,
+        settle=lambda: steps.append(done[-1]),
+        progress=lambda what, step, total: done.append(step),
+    )
+    assert steps == at
+
+
 def test_a_loss_that_is_not_finite_is_told(tmp_path):
     adapted = tiny_adapted()
     with torch.no_grad():

@@ -48,7 +48,7 @@ class Config(Common):
     top_k: int = setting(0, help="draw among the k most likely tokens; 0 is no limit")
     top_p: float = setting(1.0, help="draw among the most likely tokens that together reach this probability")
     runtime: str = setting("auto", help="auto: our own where it can; native: insist on it; stock: transformers")
-    weights: str = setting("auto", help="our runtime's weights: fp32, bf16, fp16, int8, int4; auto: as --dtype")
+    weights: str = setting("auto", help="our runtime's weights: fp32, bf16, fp16, int8, int4, mixed; auto: as --dtype")
     draft: str | None = setting(
         None,
         help="guess tokens and check them together: self, low_dial, prompt_lookup, streaming_llm, snapkv, or a model",

@@ -145,6 +145,18 @@ class Method:
         out = model(**batch, labels=labels)
         return out.loss, {"lm": float(out.loss.detach())}
 
+    def settle(
+        self,
+        model: PreTrainedModel,
+        windows: torch.Tensor,
+        *,
+        generator: torch.Generator,
+        progress: Progress = no_progress,
+    ) -> dict[str, Any]:
+        """After training, and before the dial is measured: solve anew, on calibration windows [N, T], what the trained
+        weights have outrun. Returns figures for the report; default: there is nothing to do."""
+        return {}
+
     def trainable(self, model: PreTrainedModel) -> list[str]:
         """Names of the parameters that training changes. Default: all."""
         return [name for name, _ in model.named_parameters()]

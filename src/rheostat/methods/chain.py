@@ -114,6 +114,18 @@ class Chain(Method):
             parts |= {f"{method.name}.{key}": value for key, value in logged.items()}
         return total, parts
 
+    def settle(
+        self,
+        model: PreTrainedModel,
+        windows: torch.Tensor,
+        *,
+        generator: torch.Generator,
+        progress: Progress = no_progress,
+    ) -> dict[str, Any]:
+        """Each method in order."""
+        facts = {m.name: m.settle(model, windows, generator=generator, progress=progress) for m in self.methods}
+        return {name: figures for name, figures in facts.items() if figures}
+
     def trainable(self, model: PreTrainedModel) -> list[str]:
         """All that any of the methods trains."""
         wanted = {name for method in self.methods for name in method.trainable(model)}

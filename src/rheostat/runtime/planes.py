@@ -119,7 +119,7 @@ class PlaneBody:
     # -- layout
 
     def _blocks(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Upper bytes, lower bytes, scales [K, n / G, ...] of keys and values [K, n, d], of the heads of some layers."""
+        """Upper bytes, lower bytes, scales [K, n / G, ...] of keys and values [K, n, d] of some layers' heads."""
         size, dim = self.group_size, keys.shape[2]
         num, tokens, width = keys.shape[1] // size, _padded(size), _padded(dim)
         key = planes.quantise(keys.to(self.dtype), -2, size)

@@ -23,15 +23,21 @@ class TrainSettings:
     low: float = setting(0.6, help="smallest compute drawn for a row of a batch; clamped to the dial's reach")
     high: float = setting(1.0, help="largest compute drawn for a row of a batch")
     lora_rank: int = setting(0, help="rank of low-rank adapters on the FFN instead of its full weights; 0 is none")
+    settles: int = setting(
+        1,
+        help="times that the routers are fitted anew, in closed form, to what training made of the weights: evenly "
+        "spread over the run, the last time after its end",
+    )
+    settle_windows: int = setting(24, help="calibration windows on which they are")
     save_minutes: float = setting(10.0, help="minutes between checkpoints that an interrupted run resumes from")
     bf16: bool = setting(False, help="mixed precision in bfloat16")
     gradient_checkpointing: bool = setting(False, help="recompute activations in backward to save memory")
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "lora_rank"):
+        for name in ("tokens", "lora_rank", "settles"):
             if getattr(self, name) < 0:
                 raise bad_setting(f"train.{name}", getattr(self, name), "0 or more")
-        for name in ("length", "batch_size", "accumulate"):
+        for name in ("length", "batch_size", "accumulate", "settle_windows"):
             if getattr(self, name) < 1:
                 raise bad_setting(f"train.{name}", getattr(self, name), "1 or more")
         for name in ("learning_rate", "router_learning_rate", "save_minutes"):

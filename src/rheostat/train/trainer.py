@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ def train(
     *,
     output_dir: Path,
     teacher: PreTrainedModel | None = None,
+    settle: Callable[[], Any] | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
@@ -58,6 +59,8 @@ def train(
 
     Args:
         teacher: the dense model to distil from; None trains on the text alone.
+        settle: solves anew what the trained weights have outrun; called `settings.settles` times less one. The time
+            after the end is the caller's.
 
     Returns:
         Steps, tokens, seconds and the last logged losses.
@@ -97,6 +100,8 @@ def train(
             train_dataset=Windows(windows),
             callbacks=[ClipGroups(), Clock(settings.save_minutes, progress)],
         )
+        if settle is not None and not settings.lora_rank and not trainer.is_fsdp_enabled:  # whole, plain weights
+            trainer.add_callback(Settle(settle, steps, settings.settles))
         if processes.count() > 1:  # dials and lessons of its own for each process
             torch.manual_seed(seed + 1_000_003 * processes.rank())
         # The Trainer prints its logs; ours go through `progress` and the report.
@@ -202,7 +207,9 @@ class DialTrainer(Trainer):
                 {"params": rest, "lr": self.settings.learning_rate, "weight_decay": self.settings.weight_decay},
                 {"params": routers, "lr": self.settings.router_learning_rate, "weight_decay": 0.0},
             ]
-            self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), eps=1e-8)
+            self.optimizer = torch.optim.AdamW(
+                [g for g in groups if g["params"]], betas=(0.9, 0.95), eps=1e-8, fused=True
+            )
         return self.optimizer
 
 
@@ -232,6 +239,19 @@ class ClipGroups(TrainerCallback):
         logger.warning("training: the gradients of step %d are not finite; it changes nothing", state.global_step + 1)
         if self.num_skipped >= MAX_SKIPPED:
             raise bad_setting("train.learning_rate", args.learning_rate, "lower: gradients are not finite any more")
+
+
+class Settle(TrainerCallback):
+    """Calls `settle` at `times` - 1 steps, evenly spread: what it solves is not what this step's gradients wanted."""
+
+    def __init__(self, settle: Callable[[], Any], steps: int, times: int) -> None:
+        self.settle = settle
+        self.at = {round(steps * k / times) for k in range(1, times)} - {steps}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """At its steps. A checkpoint of the same step is written after it."""
+        if state.global_step in self.at:
+            self.settle()
 
 
 class Clock(TrainerCallback):

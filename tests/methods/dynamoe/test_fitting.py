@@ -42,6 +42,33 @@ def test_refitted_slices_are_closer_to_dense_than_truncated_ones():
         assert divergence(refitted, expert) < divergence(truncated, expert)
 
 
+def test_routers_alone_are_fitted_to_weights_that_have_moved():
+    adapted = fit(METHOD)
+    windows = tiny_windows(24)
+    for layer in adapted.model.base_model.layers:
+        with torch.no_grad():  # damages of the small slices rise a thousandfold
+            layer.mlp.downs[0].weight.normal_(generator=torch.Generator().manual_seed(1))
+            layer.mlp.downs[1].weight.normal_(generator=torch.Generator().manual_seed(2))
+    before = {key: value.clone() for key, value in adapted.method.state(adapted.model).items()}
+    facts = adapted.method.settle(adapted.model, windows, generator=torch.Generator().manual_seed(3))
+    after = adapted.method.state(adapted.model)
+    changed = {key for key in after if not torch.equal(after[key], before[key])}
+    assert changed
+    assert all(".router." in key or key.endswith("mean_damage") for key in changed)
+    for layer, figures in zip(adapted.model.base_model.layers, facts["layers"], strict=True):
+        scores = layer.mlp.router(
+            torch.randn(64, layer.mlp.mlp.hidden_size, generator=torch.Generator().manual_seed(4))
+        )
+        # The first two slices are ruined and the third is not, and the scores know it.
+        assert (scores[:, 1] - scores[:, 2]).mean() > 2
+        assert figures["mean_damage"][1] > 10 * figures["mean_damage"][2]
+
+
+def test_routers_that_training_taught_alone_are_left():
+    adapted = fit(dataclasses.replace(METHOD, trained="routers"))
+    assert adapted.method.settle(adapted.model, tiny_windows(4), generator=torch.Generator()) == {}
+
+
 def test_mean_damage_falls_with_width():
     adapted = fit(METHOD)
     for layer in adapted.model.base_model.layers:

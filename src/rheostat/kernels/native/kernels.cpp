@@ -97,6 +97,12 @@ EXPORT void rheostat_attention(const Attention* a, const float* q, const void* k
     });
 }
 
+// Rows `ids` [M] of an embedding [V, D] of floats of the format: out [M, D].
+EXPORT void rheostat_embed(const void* table, const int64_t* ids, float* out, int format, int num_rows, int width) {
+    const Draft rows{table, width, format, 0, nullptr};
+    for (int r = 0; r < num_rows; r++) embed(rows, ids[r], width, out + (int64_t)r * width);
+}
+
 EXPORT void rheostat_step(const Decoder* decoder, const Step* step, int num_threads) {
     take_step(*decoder, *step, num_threads);
 }

@@ -305,7 +305,7 @@ INLINE void panel_rows(const Matrix& m, int index, const Input& in, int row, int
 static void multiply(const Matrix& m, const Input& in, int num_rows, int start, int stop, const float* bias, float* y,
                      int64_t stride, bool is_added, Team& team, int thread) {
     int first = start / kLanes, last = (stop + kLanes - 1) / kLanes;
-    Share share(last - first, thread, team.size);
+    const Share share = team.share(last - first, thread);
     for (int p = first + share.begin; p < first + share.end; p++) {
         int begin = p * kLanes > start ? p * kLanes : start;
         int end = (p + 1) * kLanes < stop ? (p + 1) * kLanes : stop;

@@ -66,19 +66,19 @@ def run_grouped(
         return torch.zeros_like(x)
     sorted_x = x[order[: reach[0]]]
     out = torch.zeros_like(x)
-    blocks = []  # hidden activations of each block, over its prefix of the sorted tokens
-    start = 0
-    for expert, stop in enumerate(sizes):
-        gate, up = mlp.gate_up(start, stop)
+    groups = counts.tolist()[::-1]  # tokens of each expert, widest first, as they are sorted
+    # Split and not sliced: the gradient of a split is one copy, that of each slice a whole tensor of zeros.
+    blocks = []  # hidden activations of each block of channels, over its prefix of the sorted tokens, by group
+    for expert, (gate, up) in enumerate(mlp.gate_up_blocks(sizes)):
         rows = sorted_x[: reach[expert]]
-        blocks.append(mlp.act(nn.functional.linear(rows, gate)) * nn.functional.linear(rows, up))
-        start = stop
+        block = mlp.act(nn.functional.linear(rows, gate)) * nn.functional.linear(rows, up)
+        blocks.append(block.split(groups[: len(sizes) - expert]))
     parts = []
     for expert in reversed(range(len(sizes))):
-        low = reach[expert + 1] if expert + 1 < len(sizes) else 0
-        if reach[expert] == low:
+        group = len(sizes) - 1 - expert
+        if not groups[group]:
             continue
-        hidden = torch.cat([block[low : reach[expert]] for block in blocks[: expert + 1]], dim=1)
+        hidden = torch.cat([block[group] for block in blocks[: expert + 1]], dim=1)
         weight, bias = down_of(mlp, downs, expert, sizes[expert])
         parts.append(nn.functional.linear(hidden, weight, bias))
     return out.index_copy(0, order[: reach[0]], torch.cat(parts).to(out.dtype))

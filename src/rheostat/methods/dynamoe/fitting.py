@@ -48,12 +48,19 @@ def fit(
     generator: torch.Generator,
     progress: Progress,
     work_dir: Path | None = None,
+    only_routers: bool = False,
 ) -> dict[str, Any]:
-    """See `DynaMoE.fit`. Returns mean damage of each slice and the router's last loss, by layer."""
+    """See `DynaMoE.fit`. Returns mean damage of each slice and the router's last loss, by layer.
+
+    Args:
+        only_routers: leave channels and down projections as they are, and fit the routers to what the slices now
+            cost: for after a training that moved the weights away from what the routers had learnt.
+    """
     windows = windows.to(model.device)
     num_gradient = 0
     if method.criterion in NEEDS_GRADIENT:
-        num_gradient = max(1, round(len(windows) * method.gradient_share))
+        # Routers learn from tokens with gradients and from no others.
+        num_gradient = len(windows) if only_routers else max(1, round(len(windows) * method.gradient_share))
     figures = []
     with frozen(model):
         gradients = sampled_gradients(model, windows[:num_gradient], generator, progress)
@@ -64,7 +71,8 @@ def fit(
                 progress("solving layers", i, num_layers)
                 gradient = gradients[i] if num_gradient else None
                 file = None if work_dir is None else work_dir / f"layer-{i:03}.safetensors"
-                stream, facts = _fit_layer(method, model, i, stream, arguments[i], gradient, generator, file)
+                solve = _solve_router if only_routers else _solve
+                stream, facts = _fit_layer(method, model, i, stream, arguments[i], gradient, generator, file, solve)
                 figures.append(facts)
                 if num_gradient:
                     gradients[i] = torch.empty(0)  # free it: the next layer needs the room
@@ -81,6 +89,7 @@ def _fit_layer(
     gradient: torch.Tensor | None,
     generator: torch.Generator,
     file: Path | None,
+    solve: Callable[..., dict[str, Any]],
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Solve one layer on the stream [W, T, D], or take what `file` kept of it, and carry the stream through it."""
     layer = families.layers(model)[index]
@@ -89,7 +98,7 @@ def _fit_layer(
     after, middle, x = _through(model, layer, stream, arguments)
     facts = None if file is None else restore(file, ffn, generator, has_bias=method.refit_bias)
     if facts is None:
-        facts = _solve(method, ffn, contribute, middle, x, gradient, generator)
+        facts = solve(method, ffn, contribute, middle, x, gradient, generator)
         if file is not None:
             keep(file, ffn, facts, generator)
     if not method.sequential:
@@ -116,13 +125,11 @@ def _solve(
         x: [W, T, D], what the FFN reads.
         gradient: [n, D] for the first n tokens, where the criterion needs it.
     """
-    inside = x[:, 1:].flatten(0, 1).float()
-    norm = middle[:, 1:].flatten(0, 1).float().norm(dim=-1).clamp(min=1e-12)
+    inside, norm = _tokens(x, middle)
     weight = norm.square().reciprocal()
     weight = weight.clamp(max=weight.median() * MAX_WEIGHT)
     hidden = _hidden(ffn, inside)
     down = ffn.mlp.down.weight.float().clone()  # the original order: `reorder` works in place
-    num_labelled = len(inside) if gradient is None else len(gradient)
     root = None if gradient is None else fisher_root(gradient.float())
 
     moments = Moments.of(hidden, hidden @ down.T, weight)
@@ -136,8 +143,52 @@ def _solve(
             fitted = refit(moments.kept(kept), method.ridge, start=down[:, kept], has_bias=method.refit_bias)
             ffn.set_down(expert, *fitted)
 
-    # Damages, and the router that learns them, on the tokens whose gradients are known (on all, if none are needed).
-    hidden, inside, norm = hidden[:num_labelled, order], inside[:num_labelled], norm[:num_labelled]
+    num_labelled = len(inside) if gradient is None else len(gradient)
+    labelled = (hidden[:num_labelled, order], inside[:num_labelled], norm[:num_labelled])
+    return _teach(method, ffn, contribute, *labelled, gradient, root, generator)
+
+
+def _solve_router(
+    method: DynaMoE,
+    ffn: NestedFFN,
+    contribute: Callable[[torch.Tensor], torch.Tensor],
+    middle: torch.Tensor,
+    x: torch.Tensor,
+    gradient: torch.Tensor | None,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """The router of one layer whose slices stay: arguments as of `_solve`."""
+    inside, norm = _tokens(x, middle)
+    num_labelled = len(inside) if gradient is None else len(gradient)
+    root = None if gradient is None else fisher_root(gradient.float())
+    inside, norm = inside[:num_labelled], norm[:num_labelled]
+    return _teach(method, ffn, contribute, _hidden(ffn, inside), inside, norm, gradient, root, generator)
+
+
+def _tokens(x: torch.Tensor, middle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the FFN reads [N, D], and the norm of the residual stream before it [N], both without first positions."""
+    norm = middle[:, 1:].flatten(0, 1).float().norm(dim=-1).clamp(min=1e-12)
+    return x[:, 1:].flatten(0, 1).float(), norm
+
+
+def _teach(
+    method: DynaMoE,
+    ffn: NestedFFN,
+    contribute: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    inside: torch.Tensor,
+    norm: torch.Tensor,
+    gradient: torch.Tensor | None,
+    root: torch.Tensor | None,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """Damages, and the router that learns them, on the tokens whose gradients are known (on all, if none are needed).
+
+    Args:
+        hidden: [n, F], in the order of the slices.
+        inside, norm: see `_tokens`, for the same n tokens.
+        gradient, root: [n, D] and its Fisher root, where the criterion needs them.
+    """
     damage = slice_damages(ffn, hidden, bound(method.criterion, contribute, norm, root=root))
     draws = None
     if gradient is not None:
@@ -146,7 +197,6 @@ def _solve(
     loss = fit_router(ffn.router, inside, damage, *router, draws=draws)
     damage = damage if draws is None else draws
     ffn.mean_damage.copy_(damage.mean(0))
-
     return {"mean_damage": damage.mean(0).tolist(), "router_loss": loss}
 
 

@@ -157,6 +157,19 @@ class DynaMoE(Method):
         """Language-model loss through the routed model plus the routers' loss on the routed stream."""
         return training.loss(self, model, batch, teacher_logits)
 
+    def settle(
+        self,
+        model: PreTrainedModel,
+        windows: torch.Tensor,
+        *,
+        generator: torch.Generator,
+        progress: Progress = no_progress,
+    ) -> dict[str, Any]:
+        """The routers, on what the trained slices cost: training moves the weights faster than the routers learn."""
+        if self.trained == "routers":
+            return {}
+        return fitting.fit(self, model, windows, generator=generator, progress=progress, only_routers=True)
+
     def trainable(self, model: PreTrainedModel) -> list[str]:
         """Routers always; with `trained="ffn"` all FFN weights; with `all` everything."""
         names = []
