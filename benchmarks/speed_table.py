@@ -185,7 +185,9 @@ def cold(bench: Bench) -> Row:
     """From the start of a process to the end of one that writes one token, kernels built before; what importing torch
     alone takes; and the same through `transformers`."""
     generate = ["-m", "rheostat", "generate", bench.source, "Hello", "--max-new-tokens", "1"]
-    commands = {"import torch": ["-c", "import torch"], "native": generate, "stock": [*generate, "--runtime", "stock"]}
+    commands = {"import torch": ["-c", "import torch"], "native": generate}
+    commands |= {f"native {format}": [*generate, "--weights", format] for format in ("bf16", "mixed")}
+    commands["stock"] = [*generate, "--runtime", "stock"]
 
     def run(command: list[str]) -> dict[str, float]:
         start = time.perf_counter()
