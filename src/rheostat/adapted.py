@@ -118,7 +118,8 @@ class Adapted(nn.Module):
         Args:
             runtime: `auto` runs what it can on our own runtime and the rest on `transformers`; `native` refuses the
                 rest; `stock` is `transformers` always.
-            weights: what our runtime holds the weights in: fp32, bf16, fp16, int8, int4; `auto` is the model's dtype.
+            weights: what our runtime holds the weights in: fp32, bf16, fp16, int8, int4, mixed; `auto` is the
+                model's dtype.
             hold: steer each request by what it has spent, so that it ends at what was asked. Goes with `compute`; a
                 `spend` block has its own.
             speculate: how to draft: `self`, `low_dial`, `prompt_lookup`, `streaming_llm`, `snapkv`, or a `Drafter`.

@@ -48,7 +48,7 @@ class Config(Common):
     top_k: int = setting(0, help="draw among the k most likely tokens; 0 is no limit")
     top_p: float = setting(1.0, help="draw among the most likely tokens that together reach this probability")
     runtime: str = setting("auto", help="auto: our own where it can; native: insist on it; stock: transformers")
-    weights: str = setting("auto", help="our runtime's weights: fp32, bf16, fp16, int8, int4; auto: as --dtype")
+    weights: str = setting("auto", help="our runtime's weights: fp32, bf16, fp16, int8, int4, mixed; auto: as --dtype")
     hold: bool | None = setting(
         None, help="steer each answer by what it has spent, to end at what was asked (default: where nothing drafts)"
     )
@@ -56,7 +56,11 @@ class Config(Common):
         None,
         help="guess tokens and check them together: self, low_dial, prompt_lookup, streaming_llm, snapkv, or a model",
     )
-    draft_length: str = setting("4", help="tokens to guess at a time, at most; auto takes what pays by measured times")
+    draft_length: str | None = setting(
+        None,
+        help="tokens to guess at a time, at most; auto takes what pays by measured times, none where nothing does "
+        "(default: auto, and 4 with a temperature, so that a seed repeats the text)",
+    )
     draft_compute: float | None = setting(None, help="compute of the low_dial draft (default: the least)")
     draft_risk: float = setting(1.0, help="stop guessing when the risk of a wrong guess exceeds this")
     chat: bool | None = setting(None, help="put the prompt into the chat template (default: if there is one)")
@@ -173,10 +177,11 @@ def _drafting(config: Config, loaded: Loaded) -> tuple[Drafter, int | str] | Non
     """
     if config.draft is None:
         return None
-    from rheostat.speculate.generating import DRAFTERS, make_drafter
-    from rheostat.speculate.pacing import Pace
+    from rheostat.speculate.generating import DRAFT_LENGTH, DRAFTERS, make_drafter
+    from rheostat.speculate.pacing import AUTO, Pace
 
-    length = int(config.draft_length) if config.draft_length.lstrip("-").isdigit() else config.draft_length
+    given = config.draft_length or (AUTO if config.temperature == 0 else str(DRAFT_LENGTH))
+    length = int(given) if given.lstrip("-").isdigit() else given
     Pace.of(length)
     if config.draft not in DRAFTERS:
         if not _is_model(config.draft):

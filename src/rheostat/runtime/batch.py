@@ -165,12 +165,45 @@ class Batch:
             firsts = (self.positions - (number.cumsum(0) - number)).repeat_interleave(number)
             given = None if settings is None else settings.repeat_interleave(number)
             positions = firsts + torch.arange(len(token_ids))
-        if len(self._room) < len(token_ids):  # kept: fresh memory of this size costs milliseconds on some machines
-            self._room = torch.empty(len(token_ids), self.runtime.weights.vocab_size)
-        out = self._room[: len(token_ids)]
+        out = self._logits_of(len(token_ids))
         logits, experts = self.runtime.step(token_ids, positions, self.cache, given, asked, is_draft=is_draft, out=out)
         self.positions += number
         return logits, experts
+
+    def write(
+        self,
+        token_ids: torch.Tensor,
+        active: torch.Tensor,
+        settings: torch.Tensor | None,
+        number: int,
+        *,
+        is_draft: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Read the newest tokens [N] of the rows that are `active` [B] and write `number` more, greedily, of which the
+        last is not read. Bills nothing, as `check` does.
+
+        Returns:
+            The tokens [n, N], and the experts [n, L, N] that were taken, if any were chosen.
+        """
+        counts, given = active.long(), None if settings is None else settings[active]
+        found = self.runtime.write(
+            token_ids,
+            self.positions[active],
+            self.cache,
+            given,
+            counts.tolist(),
+            number,
+            is_draft=is_draft,
+            out=self._logits_of(len(token_ids)),
+        )
+        self.positions += counts * number
+        return found
+
+    def _logits_of(self, number: int) -> torch.Tensor:
+        """Memory for logits [N, V], kept: fresh memory of this size costs milliseconds on some machines."""
+        if len(self._room) < number:
+            self._room = torch.empty(number, self.runtime.weights.vocab_size)
+        return self._room[:number]
 
     def take_back(self, numbers: torch.Tensor) -> None:
         """Forget the newest tokens of each row, [B] of them."""

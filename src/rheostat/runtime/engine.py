@@ -113,6 +113,22 @@ class Runtime:
         form = self.forms.draft() if is_draft else self.forms.decode()
         return form.step(token_ids, positions, cache, settings, self.rope, out=out, counts=counts)
 
+    def write(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KVCache,
+        settings: torch.Tensor | None,
+        counts: Sequence[int],
+        number: int,
+        *,
+        is_draft: bool = False,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Several greedy steps in a row: see `StepForm.write`."""
+        form = self.forms.draft() if is_draft else self.forms.decode()
+        return form.write(token_ids, positions, cache, settings, self.rope, number, out=out, counts=counts)
+
     def finish(
         self, depth: int, h: torch.Tensor, prompt: Prompt, cache: KVCache, setting: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:

@@ -133,6 +133,9 @@ def saved_weights(ffn: FFNWeights) -> np.ndarray:
 
 def embed(weights: DecoderWeights, prompt: Prompt) -> torch.Tensor:
     """The residual stream [N, D] float32 that enters the first layer."""
+    if weights.reader is not None:
+        found: torch.Tensor = weights.reader.embed(prompt.token_ids)
+        return found
     return dense(weights.embedding)[prompt.token_ids].float()
 
 
