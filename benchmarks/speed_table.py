@@ -43,8 +43,8 @@ Row = dict[str, Any]
 class Bench:
     """What all parts share."""
 
-    def __init__(self, source: str, low: Sequence[float], rounds: int) -> None:
-        self.source, self.rounds = source, rounds
+    def __init__(self, source: str, low: Sequence[float], rounds: int, dtypes: Sequence[str]) -> None:
+        self.source, self.rounds, self.dtypes = source, rounds, dtypes
         self.adapted: Adapted
         self.adapted, self.tokenizer = rheostat.load(source)  # type: ignore[assignment]
         self.low = [compute for compute in low if compute >= self.adapted.dial.low]
@@ -131,9 +131,9 @@ def prefill(bench: Bench) -> Row:
 
 
 def batch(bench: Bench) -> Row:
-    """8 and 16 rows of 128 tokens with mixed dials, against stock in each dtype."""
+    """8 and 16 rows of 128 tokens with mixed dials, against stock in each dtype that is asked for."""
     out: Row = {"rows": [], "compared": []}
-    stock = [bench.stock(dtype) for dtype in ("float32", "bfloat16", "float16")]
+    stock = [bench.stock(dtype) for dtype in bench.dtypes]
     for number in (8, 16):
         ours = [bench.native(format) for format in ("bf16", "int8", "mixed")]
         for side in ours:
@@ -185,7 +185,9 @@ def cold(bench: Bench) -> Row:
     """From the start of a process to the end of one that writes one token, kernels built before; what importing torch
     alone takes; and the same through `transformers`."""
     generate = ["-m", "rheostat", "generate", bench.source, "Hello", "--max-new-tokens", "1"]
-    commands = {"import torch": ["-c", "import torch"], "native": generate, "stock": [*generate, "--runtime", "stock"]}
+    commands = {"import torch": ["-c", "import torch"], "native": generate}
+    commands |= {f"native {format}": [*generate, "--weights", format] for format in ("bf16", "mixed")}
+    commands["stock"] = [*generate, "--runtime", "stock"]
 
     def run(command: list[str]) -> dict[str, float]:
         start = time.perf_counter()
@@ -244,12 +246,13 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--low", default="0.7,0.6", help="lower settings of the dial")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--stock", default="float32,bfloat16,float16", help="dtypes of stock in batches")
     args = parser.parse_args()
     known: dict[str, Callable[[Bench], Row]] = {
         one.__name__: one for one in (decode, prefill, batch, long, cold, quality)
     }
     load_before = os.getloadavg()[0]
-    bench = Bench(args.artifact, [float(one) for one in args.low.split(",")], args.rounds)
+    bench = Bench(args.artifact, [float(one) for one in args.low.split(",")], args.rounds, args.stock.split(","))
     figures: Row = {"load": load_before, "roof": bench.roof.to_dict(), "parts": {}}
     for part in args.parts.split(","):
         figures["parts"][part] = known[part](bench)

@@ -131,6 +131,18 @@ static void lookups() {
         }
 }
 
+static void packings(int threads) {
+    for (int rows : {1, 16, 37})
+        for (int cols : {1, 64, 77}) {
+            Packed to(kBFloat16, 0, rows, cols);
+            Floats from(rows * cols);
+            std::unique_ptr<uint16_t[]> half(new uint16_t[rows * cols]());
+            const int whole = rheostat_pack_bfloat((float*)from, cols, 0, rows, cols, to.data.get(), to.m.panel_bytes, threads);
+            const int other = rheostat_pack_bfloat(half.get(), cols, 1, rows, cols, to.data.get(), to.m.panel_bytes, threads);
+            if (!whole || !other) abort();
+        }
+}
+
 static void prompts(int threads) {
     for (int rows : {1, 5, 13, 400})
         for (int n : {1, 37, 65}) {
@@ -204,6 +216,7 @@ int main() {
         }
         attentions(threads);
         lookups();
+        packings(threads);
         prompts(threads);
         readings(threads);
     }

@@ -49,6 +49,9 @@ class Config(Common):
     top_p: float = setting(1.0, help="draw among the most likely tokens that together reach this probability")
     runtime: str = setting("auto", help="auto: our own where it can; native: insist on it; stock: transformers")
     weights: str = setting("auto", help="our runtime's weights: fp32, bf16, fp16, int8, int4, mixed; auto: as --dtype")
+    hold: bool | None = setting(
+        None, help="steer each answer by what it has spent, to end at what was asked (default: where nothing drafts)"
+    )
     draft: str | None = setting(
         None,
         help="guess tokens and check them together: self, low_dial, prompt_lookup, streaming_llm, snapkv, or a model",
@@ -77,6 +80,8 @@ def run(config: Config) -> dict[str, Any]:
         raise bad_setting("max_new_tokens", config.max_new_tokens, "1 or more")
     if not config.compute:
         raise bad_setting("compute", config.compute, "at least one number")
+    if config.hold and config.draft is not None:
+        raise bad_setting("hold", config.hold, "left out with --draft: drafts are checked several tokens at a time")
     loaded = _load(config)
     phases = [_by_phase(config, compute) for compute in config.compute]
     check_computes(loaded.adapted, [value for one in phases for value in one.values()])
@@ -139,7 +144,7 @@ def _answer(
 
     generator = torch.Generator(input_ids.device).manual_seed(config.seed)
     fractions, seconds = [], []
-    with spend(compute, keep_passes=False) as meter:
+    with spend(compute, keep_passes=False, hold=drafting is None if config.hold is None else config.hold) as meter:
         steps = _steps(config, loaded, input_ids, sampling, generator, drafting)
         while True:
             started = time.perf_counter()  # ours, because the stream's clock goes on while we write
