@@ -1,15 +1,14 @@
-"""The second picture on KV Prediction's page: time and quality of a predicted prompt, and quality against training tokens.
+"""The second picture on KV Prediction's page: time of a predicted prompt, and quality against training tokens.
 
     python benchmarks/trained_picture.py docs/figures/kv-prediction-trained-2026-11-21.json docs/images/kv_trained.png
 
-The figures are those of `trained_readers.py` (its lines under `quality`) and of `predicted_prompt.py --time` (`time`).
+The figures are those of `predicted_prompt.py --time` (`time`) and the losses that `trained_readers.py train` printed
+(`losses`: tokens seen, and by side the divergence from the dense model on the next batch).
 """
 
 from __future__ import annotations
 
 import json
-import math
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,36 +16,22 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 SIDES = {
-    "predicted": ("predicted prompt: maps trained", "#0072b2", "o"),
+    "predicted": ("predicted prompt: maps trained (all terms of its loss)", "#0072b2", "o"),
     "first": ("first 15 layers alone, trained", "#d55e00", "s"),
     "even": ("15 layers spread evenly, alone, trained", "#009e73", "^"),
 }
-TEXTS = {"novels": "-", "wikitext": "--"}
 NEWS = (1, 2, 16, 64)
 
 
-def ratio(row: dict[str, Any], dense: dict[str, Any], text: str) -> float:
-    """Of perplexities, on the windows that both have read."""
-    pairs = zip(row[text], dense[text], strict=False)
-    return math.exp(statistics.fmean(mine - theirs for mine, theirs in pairs))
-
-
 def draw_training(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """Perplexity after a prompt against training tokens."""
-    dense = next(row for row in rows if row["side"] == "dense")
+    """Divergence from the dense model, on text not yet trained on, against training tokens."""
     for side, (label, color, marker) in SIDES.items():
-        mine = sorted((row for row in rows if row["side"] == side), key=lambda row: row["tokens"])
-        for text, line in TEXTS.items():
-            ys = [ratio(row, dense, text) for row in mine]
-            xs = [row["tokens"] / 1000 for row in mine]
-            axes.plot(xs, ys, line, color=color, marker=marker, label=f"{label}, {text}")
-    dropped = next(row for row in rows if row["side"] == "dropped")
-    for text, line in TEXTS.items():
-        axes.axhline(ratio(dropped, dense, text), color="#999999", linestyle=line, label=f"0.565 of the tokens, {text}")
+        xs = [row["tokens"] / 1000 for row in rows]
+        axes.plot(xs, [row[side] for row in rows], color=color, marker=marker, markersize=4, label=label)
     axes.set_yscale("log")
-    axes.set_xlabel("training tokens [thousands]")
-    axes.set_ylabel("perplexity after a prompt of 384 tokens / dense")
-    axes.legend(fontsize=7)
+    axes.set_xlabel("training tokens seen before [thousands]")
+    axes.set_ylabel("nats from the dense model, on the next batch")
+    axes.legend(fontsize=8)
 
 
 def draw_times(axes: Any, rows: list[dict[str, Any]]) -> None:
@@ -71,7 +56,7 @@ def main(source: str, target: str) -> None:
     figures = json.loads(Path(source).read_text())
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), constrained_layout=True)
     draw_times(left, figures["time"])
-    draw_training(right, figures["quality"])
+    draw_training(right, figures["losses"])
     for axes in (left, right):
         axes.grid(alpha=0.3, axis="y")
     figure.savefig(target, dpi=150)

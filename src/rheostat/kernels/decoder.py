@@ -61,6 +61,7 @@ class NativeDecoder:
         out: torch.Tensor | None = None,
         counts: Sequence[int] | None = None,
         hidden: torch.Tensor | None = None,
+        drafted: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Take the newest token of each row, or its newest `counts` tokens: their keys and values join the cache, whose
         lengths grow by as many. Each token sees those of its row before it, and itself.
@@ -74,10 +75,12 @@ class NativeDecoder:
             out: [N, V] float32, contiguous: where the logits go.
             counts: [B], new tokens of each row, 0 for one that waits. None: one a row.
             hidden: [N, D] float32, contiguous, what enters the first layer instead of the tokens' embeddings; used up.
+            drafted: [n, N] int64, contiguous: n steps instead of one, each after the first taking the most likely
+                tokens of the one before, which are written here. For one token a row at most; see `can_draft`.
 
         Returns:
-            Logits [N, V] float32, and the expert [L, N] int64 that each layer took; None when all took the full FFN
-            without a router being asked.
+            Logits [N, V] float32, and the expert [L, N] int64 that each layer took, [n, L, N] with `drafted`; None
+            when all took the full FFN without a router being asked.
 
         Raises:
             SettingError: the batch does not fit the cache or the decoder.
@@ -87,16 +90,19 @@ class NativeDecoder:
         lengths = cache.lengths.tolist()
         if len(lengths) != len(news):
             raise bad_setting("cache", tuple(cache.keys.shape), f"one with {len(news)} rows")
-        cache.reserve(max(length + new for length, new in zip(lengths, news, strict=True)))
+        number = 1 if drafted is None else len(drafted)
+        draft = None if drafted is None else self._draft(drafted, num_rows, counts)
+        cache.reserve(max(length + number * new for length, new in zip(lengths, news, strict=True)))
         plan = self._plan(cache)
-        table = rope.reserve(max(places) + 1)
+        table = rope.reserve(max(places) + number)
         given = None if settings is None or not self._is_routed else settings.float().contiguous()
         if given is not None and not max(given.tolist()) > 0:
             given = None
         if hidden is None:
             hidden = self._embed(token_ids, plan.room(num_rows, self._weights.hidden_size))
         logits = torch.empty(num_rows, self._vocab_size) if out is None else out
-        experts = None if given is None else torch.empty(plan.decoder.num_layers, num_rows, dtype=torch.int64)
+        shape = (plan.decoder.num_layers, num_rows) if draft is None else (number, plan.decoder.num_layers, num_rows)
+        experts = None if given is None else torch.empty(shape, dtype=torch.int64)
         firsts = None if counts is None else torch.tensor([0, *itertools.accumulate(news)], dtype=torch.int32)
         body = structs.planes_of(cache)
         step, tokens = plan.step, plan.step.tokens
@@ -109,9 +115,28 @@ class NativeDecoder:
         step.experts = None if experts is None else experts.data_ptr()
         step.cos = table.data_ptr()
         step.sin = step.cos + table.stride(0) * table.itemsize
-        self._library.rheostat_step(ctypes.byref(plan.decoder), ctypes.byref(step), torch.get_num_threads())
-        cache.advance(1 if counts is None else torch.tensor(news, dtype=torch.int32))
+        if draft is None:
+            self._library.rheostat_step(ctypes.byref(plan.decoder), ctypes.byref(step), torch.get_num_threads())
+        else:
+            given_all = (ctypes.byref(one) for one in (plan.decoder, step, draft))
+            self._library.rheostat_draft(*given_all, torch.get_num_threads())
+        cache.advance(number if counts is None else number * torch.tensor(news, dtype=torch.int32))
         return logits, experts
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether several greedy steps can be one call: where native code can look up rows of the embedding."""
+        table = self._weights.embedding
+        return isinstance(table, torch.Tensor) and can_look_up(table)
+
+    def _draft(self, drafted: torch.Tensor, num_rows: int, counts: Sequence[int] | None) -> structs.CDraft:
+        table = self._weights.embedding
+        if not self.can_draft or max(counts or [1]) > 1:
+            raise bad_setting("drafted", counts, "one token a row at most, and an embedding that is not packed")
+        if drafted.shape[1:] != (num_rows,) or drafted.dtype != torch.int64 or not drafted.is_contiguous():
+            raise bad_setting("drafted", tuple(drafted.shape), f"whole numbers [n, {num_rows}]")
+        kind = structs.CACHE_DTYPES[table.dtype]
+        return structs.CDraft(table.data_ptr(), table.stride(0), kind, len(drafted), drafted.data_ptr())
 
     def _plan(self, cache: Any) -> _Plan:
         """What steps on this cache have in common, worked out when its memory is another than before."""

@@ -144,7 +144,7 @@ def test_flops_are_twice_the_parameters_that_a_token_meets():
 
     met = weights(families.decoder(maps.host[0]).layers) + maps.num_weights
     assert meter.cost.flops.auxiliary == 2 * 11 * met
-    assert meter.dense.flops.attention + meter.dense.flops.ffn == 2 * 12 * weights(families.layers(adapted.model))
+    assert meter.dense.flops.attention + meter.dense.flops.ffn == 2 * 12 * weights(families.decoder(adapted.model).layers)
 
 
 def test_maps_for_another_auxiliary_are_refused():

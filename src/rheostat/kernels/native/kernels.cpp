@@ -1,6 +1,6 @@
 // What Python calls. Arguments are checked there; here they are taken as right.
 #include "ahead.h"
-#include "decoder.h"
+#include "draft.h"
 #include "reader.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -122,20 +122,16 @@ EXPORT int rheostat_pack_bfloat(const void* weight, int64_t stride, int is_half,
 
 // Rows `ids` [M] of an embedding [V, D] of floats of the format: out [M, D].
 EXPORT void rheostat_embed(const void* table, const int64_t* ids, float* out, int format, int num_rows, int width) {
-    for (int r = 0; r < num_rows; r++)
-        for (int i = 0; i < width; i += kLanes) {
-            const int n = std::min(kLanes, width - i);
-            const int64_t at = ids[r] * width + i;
-            F16 v;
-            if (format == kFloat32) v = get_part<kFloat32>((const float*)table + at, n);
-            else if (format == kBFloat16) v = get_part<kBFloat16>((const uint16_t*)table + at, n);
-            else v = get_part<kFloat16>((const uint16_t*)table + at, n);
-            store_most(out + (int64_t)r * width + i, v, n);
-        }
+    const Draft rows{table, width, format, 0, nullptr};
+    for (int r = 0; r < num_rows; r++) embed(rows, ids[r], width, out + (int64_t)r * width);
 }
 
 EXPORT void rheostat_step(const Decoder* decoder, const Step* step, int num_threads) {
     take_step(*decoder, *step, num_threads);
+}
+
+EXPORT void rheostat_draft(const Decoder* decoder, const Step* step, const Draft* draft, int num_threads) {
+    write_draft(*decoder, *step, *draft, num_threads);
 }
 
 // y [M, N] = x [M, K] W^T + bias; W in bfloat16 or float32
