@@ -31,6 +31,7 @@ def draw_training(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("training tokens seen before [thousands]")
     axes.set_ylabel("nats from the dense model, on the next batch")
+    axes.set_ylim(top=40)  # room for the legend
     axes.legend(fontsize=8)
 
 
