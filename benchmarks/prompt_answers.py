@@ -33,10 +33,10 @@ class Item:
     """[A]."""
 
 
-def items(tokenizer: Any, task: str, folder: Path, limit: int) -> list[Item]:
-    """The first rows of `lambada_openai`, or of a task whose rows have a prompt and a target."""
+def items(tokenizer: Any, task: str, folder: Path, limit: int, first: int = 0) -> list[Item]:
+    """`limit` rows from `first` on of `lambada_openai`, or of a task whose rows have a prompt and a target."""
     found = []
-    for row in find_tasks([task], folder)[task].dataset["test"].select(range(limit)):
+    for row in find_tasks([task], folder)[task].dataset["test"].select(range(first, first + limit)):
         prompt, answer = row["text"].rsplit(" ", 1) if "text" in row and "prompt" not in row else _asked(row)
         gap = "" if prompt.endswith("\n") else " "
         ids = tokenizer(prompt, return_tensors="pt").input_ids[0]

@@ -219,9 +219,7 @@ def prompts(args: argparse.Namespace, tokenizer: Any) -> list[tuple[str, torch.T
     documents = [json.loads(line)["input"] for line in lines]
     out = []
     for size in map(int, args.contexts.split(",")):
-        kept = [
-            ids for ids in (tokenizer(text)["input_ids"] for text in documents[: 4 * args.prompts]) if len(ids) > size
-        ]
+        kept = [ids for ids in (tokenizer(text)["input_ids"] for text in documents) if len(ids) > size]
         for ids in kept[: args.prompts]:
             cut = tokenizer.decode(ids[: size - 64])
             out.append((str(size), chat(tokenizer, cut + QUESTION)))

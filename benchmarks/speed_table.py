@@ -35,7 +35,7 @@ from rheostat.text import pack, read_texts
 
 PARTS = ("decode", "prefill", "batch", "long", "cold", "quality")
 
-FORMATS = ("fp32", "bf16", "fp16", "int8", "int4")
+FORMATS = ("fp32", "bf16", "fp16", "int8", "mixed", "int4")
 
 Row = dict[str, Any]
 
@@ -43,8 +43,8 @@ Row = dict[str, Any]
 class Bench:
     """What all parts share."""
 
-    def __init__(self, source: str, low: Sequence[float], rounds: int) -> None:
-        self.source, self.rounds = source, rounds
+    def __init__(self, source: str, low: Sequence[float], rounds: int, dtypes: Sequence[str]) -> None:
+        self.source, self.rounds, self.dtypes = source, rounds, dtypes
         self.adapted: Adapted
         self.adapted, self.tokenizer = rheostat.load(source)  # type: ignore[assignment]
         self.low = [compute for compute in low if compute >= self.adapted.dial.low]
@@ -105,7 +105,7 @@ def compare(rows: Sequence[Row], phase: str, ours: str, other: str) -> Row:
 def decode(bench: Bench) -> Row:
     """One row after a prompt of 128 tokens: formats at dial 1, and two of them at lower dials."""
     stock = [bench.stock("float16")]
-    dials = [bench.native(format, compute) for format in ("bf16", "int8") for compute in bench.low]
+    dials = [bench.native(format, compute) for format in ("bf16", "int8", "mixed") for compute in bench.low]
     ours = [bench.native(format) for format in FORMATS]
     others = bench.llama(256)
     rows = bench.times([*stock, *ours, *dials, *others], bench.ids(1, 128), 33)
@@ -131,11 +131,11 @@ def prefill(bench: Bench) -> Row:
 
 
 def batch(bench: Bench) -> Row:
-    """8 and 16 rows of 128 tokens with mixed dials, against stock in each dtype."""
+    """8 and 16 rows of 128 tokens with mixed dials, against stock in each dtype that is asked for."""
     out: Row = {"rows": [], "compared": []}
-    stock = [bench.stock(dtype) for dtype in ("float32", "bfloat16", "float16")]
+    stock = [bench.stock(dtype) for dtype in bench.dtypes]
     for number in (8, 16):
-        ours = [bench.native(format) for format in ("bf16", "int8")]
+        ours = [bench.native(format) for format in ("bf16", "int8", "mixed")]
         for side in ours:
             choices = [1.0, *bench.low]
             side.compute = [choices[row % len(choices)] for row in range(number)]
@@ -150,7 +150,7 @@ def batch(bench: Bench) -> Row:
 def long(bench: Bench) -> Row:
     """Decoding with 4096 tokens in the cache: the prompt is read once, and the cache cut back after each round."""
     ids, new, rows = bench.ids(1, 4096), 16, []
-    sides = [bench.native(format, context=64) for format in ("bf16", "int8")]
+    sides = [bench.native(format, context=64) for format in ("bf16", "int8", "mixed")]
     states = {}
     for side in sides:
         with side.session():
@@ -174,6 +174,7 @@ def _again(side: NativeSide, state: tuple[Any, torch.Tensor], new: int) -> dict[
         start = time.perf_counter()
         for _ in range(new):
             state = side.decode(state)
+        side.wait()
         seconds = (time.perf_counter() - start) / new
         batch.cache.truncate(4096)
         batch.positions.fill_(4096)
@@ -184,7 +185,9 @@ def cold(bench: Bench) -> Row:
     """From the start of a process to the end of one that writes one token, kernels built before; what importing torch
     alone takes; and the same through `transformers`."""
     generate = ["-m", "rheostat", "generate", bench.source, "Hello", "--max-new-tokens", "1"]
-    commands = {"import torch": ["-c", "import torch"], "native": generate, "stock": [*generate, "--runtime", "stock"]}
+    commands = {"import torch": ["-c", "import torch"], "native": generate}
+    commands |= {f"native {format}": [*generate, "--weights", format] for format in ("bf16", "mixed")}
+    commands["stock"] = [*generate, "--runtime", "stock"]
 
     def run(command: list[str]) -> dict[str, float]:
         start = time.perf_counter()
@@ -243,12 +246,13 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--low", default="0.7,0.6", help="lower settings of the dial")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--stock", default="float32,bfloat16,float16", help="dtypes of stock in batches")
     args = parser.parse_args()
     known: dict[str, Callable[[Bench], Row]] = {
         one.__name__: one for one in (decode, prefill, batch, long, cold, quality)
     }
     load_before = os.getloadavg()[0]
-    bench = Bench(args.artifact, [float(one) for one in args.low.split(",")], args.rounds)
+    bench = Bench(args.artifact, [float(one) for one in args.low.split(",")], args.rounds, args.stock.split(","))
     figures: Row = {"load": load_before, "roof": bench.roof.to_dict(), "parts": {}}
     for part in args.parts.split(","):
         figures["parts"][part] = known[part](bench)

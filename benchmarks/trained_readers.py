@@ -1,17 +1,20 @@
 """Quality against training tokens: the maps of a predicted prompt, and the small models that they have to beat.
 
-    python benchmarks/trained_readers.py smol-kvp --depth 15 --tokens 10240,20480,40960,81920 --out runs \
-        --data novels=a.txt,wikitext=b.txt --task-data data
+    python benchmarks/trained_readers.py train smol-kvp --depth 15 --tokens 8192,16384,32768 --out runs
+    python benchmarks/trained_readers.py measure smol-kvp --depth 15 --out runs --data novels=a.txt,wikitext=b.txt \
+        --task-data data
 
-Three sides, one after the other, on the same windows in the same order, all of the loss from the dense model:
+Three sides, on the same batches in the same order, all of the loss from the dense model:
 
 - `predicted`: the maps of an adapted model; the model itself is frozen;
 - `first`: the model's first k layers alone with an affine map before the norm (`fitted_layers`), all of it trained;
 - `even`: k layers spread evenly over the model, alone, all trained.
 
-Each is one run at a constant rate after a warm-up, measured at the numbers of tokens named, 0 first: perplexity after a
-prompt, LAMBADA and answers from a document, beside the dense model. One JSON object a line in OUT/figures.jsonl; what
-is in there is not done again, and training goes on from the last state in OUT.
+`train` takes each batch through all sides, so that they share the dense model's pass, at a constant rate after a
+warm-up; it goes on from the last state in OUT, and after `--seconds` it stops. `measure` takes what is there:
+perplexity after a prompt at each stop, nats of right answers at the last stop (and of `predicted` before the first
+step), beside the dense model's and those after a random share of the prompt's tokens. It writes one JSON object a line
+to OUT/figures.jsonl; what is in there is not done again.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from predicted_prompt import losses, read_plain
+from predicted_prompt import losses, read_dropped, read_plain
 from prompt_answers import Item, Reader, items, score
 from prompt_readers import even_layers, fitted_layers
 
@@ -39,23 +42,9 @@ from rheostat.provenance import provenance
 from rheostat.text import pack, read_texts
 
 SIDES = ("predicted", "first", "even")
-BATCH, LENGTH, WARM_UP = 4, 512, 8
+BATCH, LENGTH, WARM_UP = 2, 512, 4
 CLIP = 1.0
-
-
-def measure(read: Reader, texts: dict[str, torch.Tensor], asked: dict[str, list[Item]], answer: int) -> dict[str, Any]:
-    """Nats a token after a prompt, by text, and each task's score."""
-    row: dict[str, Any] = {}
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        for name, windows in texts.items():
-            found = []
-            for window in windows.split(2):
-                model, cache, mask = read(window[:, :-answer])
-                found.append(losses(model, cache, mask, window, answer) * len(window))
-            row[name] = float(sum(found) / len(windows))
-        for name, one in asked.items():
-            row[name] = score(one, read)
-    return row
+CALIBRATION = "builtin:calibration"
 
 
 class Side:
@@ -63,6 +52,8 @@ class Side:
 
     def __init__(self, name: str, artifact: str, depth: int, calibration: torch.Tensor) -> None:
         self.name = name
+        self.passes: list[torch.Tensor] = []
+        """Of the predicted side: logits of each pass of the newest step; the first is the dense model's."""
         adapted = rheostat.load(artifact, dtype=torch.float32)[0]
         learned = adapted.method.state(adapted.model)
         plain = adapted.detach()
@@ -72,7 +63,7 @@ class Side:
         self.model = even_layers(plain, depth) if name == "even" else fitted_layers(plain, [depth], calibration)[depth]
         self.weights = dict(self.model.named_parameters())
         self.read: Reader = lambda prompts: (self.model, *read_plain(self.model, prompts))
-        self.loss: Callable[..., torch.Tensor] = self._distilled
+        self.loss: Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor] = self._distilled
         self.model.requires_grad_(True)
 
     def _predict(self, plain: Any, depth: int, learned: dict[str, torch.Tensor]) -> None:
@@ -85,6 +76,7 @@ class Side:
         named = dict(self.model.named_parameters())
         self.weights = {one: named[one].requires_grad_(True) for one in method.trainable(self.model)}
         self.loss = lambda batch, dense: method.loss(self.model, batch)[0]
+        self.model.register_forward_hook(lambda module, given, out: self.passes.append(out.logits.detach()))
 
         def read(prompts: torch.Tensor) -> tuple[Any, Any, torch.Tensor]:
             cache = method.make_cache(self.model)
@@ -95,98 +87,189 @@ class Side:
 
         self.read = read
 
-    def _distilled(self, batch: dict[str, torch.Tensor], dense: Any) -> torch.Tensor:
-        with torch.no_grad():
-            known = dense(**batch, use_cache=False).logits
-        return language_loss(self.model(**batch, use_cache=False).logits, batch, known, 1.0)[0]
+    def _distilled(self, batch: dict[str, torch.Tensor], dense: torch.Tensor) -> torch.Tensor:
+        return language_loss(self.model(**batch, use_cache=False).logits, batch, dense, 1.0)[0]
+
+    def file(self, folder: Path, tokens: int) -> Path:
+        """Where the weights are after so many tokens."""
+        return folder / f"{self.name}-{tokens}.pt"
+
+    def put(self, weights: dict[str, torch.Tensor]) -> None:
+        """Set the weights."""
+        for name, one in self.weights.items():
+            one.data.copy_(weights[name])
 
 
-def train(
-    side: Side, dense: Any, windows: torch.Tensor, stops: list[int], args: Any, measured: Callable[[int], None]
-) -> None:
-    """Go on from the last state to the last of `stops` (tokens), and call `measured` at each."""
-    optimizer = torch.optim.AdamW(list(side.weights.values()), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0)
-    state, step = Path(args.out) / f"{side.name}.pt", 0
-    if state.exists():
-        held = torch.load(state)
-        for name, one in side.weights.items():
-            one.data.copy_(held["weights"][name])
-        optimizer.load_state_dict(held["optimizer"])
-        step = held["step"]
-    for stop in stops:
-        while step * BATCH * LENGTH < stop:
-            for group in optimizer.param_groups:
-                group["lr"] = args.rate * min(1.0, (step + 1) / WARM_UP)
+class Trainer:
+    """One side and its optimiser."""
+
+    def __init__(self, side: Side, rate: float, folder: Path) -> None:
+        self.side, self.rate, self.folder, self.step = side, rate, folder, 0
+        self.weights = list(side.weights.values())
+        self.optimizer = torch.optim.AdamW(self.weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+        if (state := folder / f"{side.name}.pt").exists():
+            held = torch.load(state)
+            side.put(held["weights"])
+            self.optimizer.load_state_dict(held["optimizer"])
+            self.step = held["step"]
+
+    def take(self, batch: dict[str, torch.Tensor], dense: torch.Tensor) -> float:
+        """One step. Returns the loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * min(1.0, (self.step + 1) / WARM_UP)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = self.side.loss(batch, dense)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return float(loss.detach())
+
+    def save(self, *, is_stop: bool) -> None:
+        """The state to go on from; at a stop the weights to be measured, too."""
+        weights = {name: one.detach() for name, one in self.side.weights.items()}
+        held = {"weights": weights, "optimizer": self.optimizer.state_dict(), "step": self.step}
+        torch.save(held, self.folder / f"{self.side.name}.pt")
+        if is_stop:
+            half = {name: one.bfloat16() for name, one in weights.items()}
+            torch.save(half, self.side.file(self.folder, self.step * BATCH * LENGTH))
+
+
+def train(sides: list[Side], args: Any, stops: list[int], windows: torch.Tensor, folder: Path) -> None:
+    """Go on from the last state to the last of `stops` (tokens), or until the time is up."""
+    started = time.perf_counter()
+    is_shared = sides[0].name == "predicted"  # its loss begins with a pass of the dense model
+    dense = None if is_shared else rheostat.load("smollm2-135m", dtype=torch.bfloat16)[0]
+    known = torch.empty(0)
+    rates = {"predicted": args.rate}
+    trainers = [Trainer(side, rates.get(side.name, args.small_rate), folder) for side in sides]
+    steps = {one.step for one in trainers}
+    if len(steps) > 1:
+        raise SystemExit(f"{folder}: its sides have taken {steps} steps; train those alone that are behind")
+    seen = []  # seconds of each step
+    for step in range(trainers[0].step, stops[-1] // (BATCH * LENGTH)):
+        if time.perf_counter() - started + 1.2 * max(seen, default=0.0) > args.seconds:
+            break
+        begun = time.perf_counter()
+        batch = {"input_ids": windows[step * BATCH : (step + 1) * BATCH]}
+        if not is_shared:
+            with torch.no_grad():
+                known = dense(**batch, use_cache=False).logits
+        found = {}
+        for one in trainers:
             torch.manual_seed(step)
-            batch = {"input_ids": windows[step * BATCH : (step + 1) * BATCH]}
-            started = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = side.loss(batch, dense)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(list(side.weights.values()), CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            seconds = time.perf_counter() - started
-            print(
-                f"{side.name} {step * BATCH * LENGTH} tokens, loss {float(loss):.3f}, {seconds:.0f} s", file=sys.stderr
-            )
-        if step * BATCH * LENGTH == stop:
-            measured(stop)
-            weights = {name: one.detach() for name, one in side.weights.items()}
-            torch.save({"weights": weights, "optimizer": optimizer.state_dict(), "step": step}, state)
+            found[one.side.name] = round(one.take(batch, known), 3)
+            if one.side.passes:
+                known = one.side.passes[0]
+                one.side.passes.clear()
+        seen.append(time.perf_counter() - begun)
+        tokens = (step + 1) * BATCH * LENGTH
+        print(f"{tokens} tokens, losses {found}, {seen[-1]:.1f} s", file=sys.stderr, flush=True)
+        if tokens in stops:
+            for one in trainers:
+                one.save(is_stop=True)
+    for one in trainers:
+        one.save(is_stop=False)
+
+
+def measure(read: Reader, texts: dict[str, torch.Tensor], asked: dict[str, list[Item]], answer: int) -> dict[str, Any]:
+    """Nats a token after a prompt, by text and window; each task's nats, by question."""
+    row: dict[str, Any] = {}
+    with torch.no_grad():
+        for name, windows in texts.items():
+            row[name] = [float(losses(*read(one[:, :-answer]), one, answer)) for one in windows.split(1)]
+        for name, questions in asked.items():
+            row[name] = [score([one], read) for one in questions]
+    return row
+
+
+def measure_all(sides: list[Side], args: Any, stops: list[int], folder: Path) -> None:
+    """Of each side at each stop that has been reached: a line in the folder's figures."""
+    lines = folder / "figures.jsonl"
+    held = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    done = {(one["side"], one["tokens"]) for one in held}
+    tokenizer = rheostat.load(args.artifact, dtype=torch.float32)[1]
+    texts = {}
+    for one in args.data.split(","):
+        name, _, file = one.partition("=")
+        texts[name] = pack(tokenizer, read_texts(file), length=512, limit=args.windows, seed=args.seed)
+    asked = {}
+    for one in args.tasks.split(","):
+        name, _, rows = one.partition("=")
+        first, _, last = rows.partition(":")
+        asked[name] = items(tokenizer, name, Path(args.task_data), int(last) - int(first), int(first))
+    facts = provenance(seed=args.seed)
+
+    def write(side: str, tokens: int, read: Reader) -> None:
+        chosen = asked if tokens == stops[-1] or (not tokens and side not in SIDES[1:]) else {}
+        row = {"side": side, "tokens": tokens} | measure(read, texts, chosen, args.answer)
+        print(side, tokens, {name: round(sum(row[name]) / len(row[name]), 4) for name in texts}, flush=True)
+        with lines.open("a") as file:
+            file.write(json.dumps(row | {"arguments": vars(args), "provenance": facts}) + "\n")
+
+    for side in sides:
+        side.model.bfloat16()
+    dense = rheostat.load("smollm2-135m", dtype=torch.bfloat16)[0]
+    drawn = torch.Generator().manual_seed(args.seed)
+    others: dict[str, Reader] = {
+        "dense": lambda prompts: (dense, *read_plain(dense, prompts)),
+        "dropped": lambda prompts: (dense, *read_dropped(dense, prompts, args.share, drawn)),
+    }
+    for name, read in others.items():
+        if (name, 0) not in done:
+            write(name, 0, read)
+    for stop in reversed(stops):  # the last says most
+        for side in sides:
+            is_there = not stop or side.file(folder, stop).exists()
+            if is_there and (side.name, stop) not in done:
+                side.put(torch.load(side.file(folder, stop)))
+                write(side.name, stop, side.read)
 
 
 def main(given: list[str]) -> None:
     """Parse, run, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "measure"))
     parser.add_argument("artifact")
     parser.add_argument("--depth", type=int, default=15)
-    parser.add_argument("--tokens", default="10240,20480,40960,81920", help=f"multiples of {BATCH * LENGTH}")
+    parser.add_argument("--tokens", default="8192,16384,32768", help=f"multiples of {BATCH * LENGTH}")
     parser.add_argument("--sides", default=",".join(SIDES))
-    parser.add_argument("--rate", type=float, default=3e-4)
-    parser.add_argument("--data", required=True, help="name=file, several separated by commas")
-    parser.add_argument("--task-data", required=True)
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=50)
+    parser.add_argument("--rate", type=float, default=3e-4, help="of the maps")
+    parser.add_argument("--small-rate", type=float, default=3e-4, help="of the small models")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of training, in this call")
+    parser.add_argument("--data", help="name=file, several separated by commas")
+    parser.add_argument("--task-data")
+    parser.add_argument("--tasks", default="lambada_openai=0:40,nq_oracle=0:40", help="name=rows, as Python's slices")
+    parser.add_argument("--windows", type=int, default=8, help="of each text")
+    parser.add_argument("--share", type=float, default=0.55, help="of a prompt's tokens that random dropping leaves")
     parser.add_argument("--answer", type=int, default=128)
     parser.add_argument("--out", required=True)
     parser.add_argument("--seed", type=int, default=5)
     args = parser.parse_args(given)
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = folder / "figures.jsonl"
-    done = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
     stops = [0, *(int(one) for one in args.tokens.split(","))]
     if any(one % (BATCH * LENGTH) for one in stops):
         parser.error(f"--tokens must be multiples of {BATCH * LENGTH}")
     tokenizer = rheostat.load(args.artifact, dtype=torch.float32)[1]
-    texts = {}
-    for one in args.data.split(","):
-        name, _, file = one.partition("=")
-        texts[name] = pack(tokenizer, read_texts(file), length=512, limit=args.windows, seed=args.seed)
-    asked = {name: items(tokenizer, name, Path(args.task_data), args.rows) for name in ("lambada_openai", "nq_oracle")}
-    text = read_texts("builtin:calibration")
-    windows = pack(tokenizer, text, length=LENGTH, limit=math.ceil(stops[-1] / LENGTH), seed=args.seed)
+    text = read_texts(CALIBRATION)
     calibration = pack(tokenizer, text, length=LENGTH, limit=32, seed=args.seed + 1)
-    facts = provenance(seed=args.seed)
-
-    def write(side: str, tokens: int, read: Reader) -> None:
-        if any((one["side"], one["tokens"]) == (side, tokens) for one in done):
-            return
-        row = {"side": side, "tokens": tokens} | measure(read, texts, asked, args.answer)
-        print(row, flush=True)
-        with lines.open("a") as file:
-            file.write(json.dumps(row | {"arguments": vars(args), "provenance": facts}) + "\n")
-
+    sides = []
     for name in args.sides.split(","):
-        if all(any((one["side"], one["tokens"]) == (name, stop) for one in done) for stop in stops):
-            continue
-        dense = rheostat.load("smollm2-135m", dtype=torch.float32)[0]
-        write("dense", 0, lambda prompts, dense=dense: (dense, *read_plain(dense, prompts)))
-        done.append({"side": "dense", "tokens": 0})
-        side = Side(name, args.artifact, args.depth, calibration)
-        train(side, dense, windows, stops, args, lambda stop, side=side: write(side.name, stop, side.read))
+        is_known = (folder / f"{name}-0.pt").exists()
+        with torch.autocast("cpu", torch.bfloat16):
+            side = Side(name, args.artifact, args.depth, calibration[:1] if is_known else calibration)
+        sides.append(side)
+        if is_known:
+            side.put(torch.load(side.file(folder, 0)))
+        else:
+            torch.save({name: one.detach().bfloat16() for name, one in side.weights.items()}, side.file(folder, 0))
+    if args.what == "measure":
+        measure_all(sides, args, stops, folder)
+        return
+    windows = pack(tokenizer, text, length=LENGTH, limit=math.ceil(stops[-1] / LENGTH), seed=args.seed)
+    train(sides, args, stops, windows, folder)
 
 
 if __name__ == "__main__":

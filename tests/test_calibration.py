@@ -113,3 +113,14 @@ def test_a_setting_that_saves_nothing_is_turned_last_and_left_out():
     dial = calibrate(adapted, tiny_windows(seed=1))
     assert set(dial.settings["halves"]) == {0.0}
     assert dial.settings["dynamoe"][-1] > 0
+
+
+def test_the_table_says_how_wide_each_layer_was():
+    adapted = tiny_adapted()
+    profile = adapted.dial.profile["dynamoe"]
+    assert profile[0] == (1.0, 1.0)
+    _, last = calibration.measure_widths(
+        adapted, tiny_windows(seed=1), {"dynamoe": adapted.dial.settings["dynamoe"][-1]}
+    )
+    assert profile[-1] == pytest.approx(last)
+    assert sum(profile[-1]) < 1.2

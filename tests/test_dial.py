@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,3 +97,13 @@ def test_a_table_that_is_none_is_refused(compute, settings):
 def test_a_saved_table_of_another_form_is_refused(table):
     with pytest.raises(SettingError, match="^dial: the saved table cannot be read"):
         Dial.from_dict(table)
+
+
+def test_a_profile_of_layers_survives_and_is_checked():
+    shares = ((1.0, 1.0), (0.5, 0.75))
+    one = Dial(compute=(1.0, 0.8), settings={"m": (0.0, 1.0)}, profile={"m": shares})
+    assert Dial.from_dict(one.to_dict()) == one
+    assert "profile" not in Dial(compute=(1.0, 0.8), settings={"m": (0.0, 1.0)}).to_dict()
+    for bad in ((shares[0],), ((1.0, 1.0), (0.5,)), ((1.0, 1.0), (0.5, 1.5)), ((1.0, 1.0), (0.5, float("nan")))):
+        with pytest.raises(SettingError, match="dial: the profile of m must have one row of shares for each compute"):
+            replace(one, profile={"m": bad})

@@ -33,6 +33,7 @@ LAYERS = (
     ("methods.*",),
     ("methods",),
     ("dial",),
+    ("holding",),
     ("runtime.*", "passes"),
     ("adapted",),
     ("decode", "calibration"),

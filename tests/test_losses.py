@@ -41,16 +41,18 @@ def test_padding_does_not_count():
     assert torch.equal(before, language_loss(logits, {"input_ids": ids, "attention_mask": mask}, teacher, 0.5)[0])
 
 
+@pytest.mark.parametrize("z_weight", [0.0, 0.05])
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("has_teacher", [True, False])
-def test_value_and_gradient_are_those_of_the_plain_formula(weight: float, has_teacher: bool):
+def test_value_and_gradient_are_those_of_the_plain_formula(weight: float, has_teacher: bool, z_weight: float):
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 31, (3, ROWS), generator=generator)  # more rows than are taken at a time
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
     logits, teacher = (2 * torch.randn(3, ROWS, 31, generator=generator) for _ in range(2))
     mine, twin = (logits.clone().requires_grad_(True) for _ in range(2))
-    total, _ = language_loss(mine, {"input_ids": ids, "attention_mask": mask}, teacher if has_teacher else None, weight)
+    batch, known = {"input_ids": ids, "attention_mask": mask}, teacher if has_teacher else None
+    total, parts = language_loss(mine, batch, known, weight, z_weight)
     (3 * total).backward()
 
     w = weight if has_teacher else 0.0
@@ -58,7 +60,10 @@ def test_value_and_gradient_are_those_of_the_plain_formula(weight: float, has_te
     scores, known = (x[:, :-1][pairs].log_softmax(-1) for x in (twin, teacher))
     plain = (1 - w) * cross_entropy(twin[:, :-1][pairs], ids[:, 1:][pairs])
     plain = plain + w * kl_div(scores, known, log_target=True, reduction="batchmean")
+    z = twin[mask.bool()].logsumexp(-1).square().mean()  # the last token of a row has a normaliser, too
+    plain = plain + z_weight * z
     (3 * plain).backward()
+    assert parts.get("z") == (pytest.approx(float(z.detach())) if z_weight else None)
     torch.testing.assert_close(total, plain)
     torch.testing.assert_close(mine.grad, twin.grad, rtol=1e-4, atol=1e-7)
 

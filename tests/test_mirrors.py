@@ -30,7 +30,6 @@ ELSEWHERE = {
     "speculate/bound.py": "tests/speculate",
     "speculate/drafter.py": "tests/speculate",
     "speculate/drafting.py": "tests/speculate",
-    "speculate/pacing.py": "tests/speculate",
     "speculate/stock.py": "tests/speculate",
 }
 """Modules without a test file of their own -> where they are tested. Only ever made shorter: a new module brings its

@@ -73,7 +73,7 @@ def test_hooks_are_known_by_number_and_leave_nothing():
     before = sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules())
     adapted = Adapted(model)
     hooks = adapted._hooks
-    assert len(hooks.ids) == 3
+    assert len(hooks.ids) == 4
     with spend(), torch.inference_mode():
         model(tiny_windows(2, 5))
         assert current_pass().valid.shape == (2, 5)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rheostat import processes
+from rheostat.errors import SettingError
 from rheostat.processes import Ranks
 
 
@@ -111,3 +112,12 @@ def test_two_processes_train_one_model(tiny_model_folder: Path, tiny_text: Path,
     one, two = (report["trained"] for report in reports)
     assert (one["steps"], two["steps"]) == (8, 4)
     assert one["tokens"] == two["tokens"] == 512
+
+
+@pytest.mark.parametrize(("flag", "kind"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")])
+def test_a_launch_that_shares_out_the_model_is_refused(flag, kind, monkeypatch):
+    monkeypatch.setenv(flag, "true")
+    with pytest.raises(SettingError, match=f"{kind}: is not supported, each process holds the whole model"):
+        processes.join()
+    monkeypatch.setenv(flag, "false")
+    assert processes.join() == Ranks()

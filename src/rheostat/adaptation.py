@@ -199,8 +199,16 @@ def _train(
         )
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) if work is None else work / f"train-{key[:12]}"
-        with_these = {"teacher": teacher, "settle": settle, "seed": seed, "progress": progress}
-        return train(adapted, windows, settings, output_dir=output, **with_these)
+        return train(
+            adapted,
+            windows,
+            settings,
+            output_dir=output,
+            teacher=teacher,
+            settle=settle,
+            seed=seed,
+            progress=progress,
+        )
 
 
 def _named(data: Any) -> str:

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from rheostat.dial import Dial
+from rheostat.errors import bad_setting
 from rheostat.geometry import Geometry
+from rheostat.holding import Account, Table
 from rheostat.kernels import library
 from rheostat.methods.base import Method
 from rheostat.passes import PassHooks
@@ -70,7 +72,8 @@ class Adapted(nn.Module):
         self.report: dict[str, Any] = dict(report or {})
         """How this model was made: filled by `adapt`, saved with the artifact."""
         self._runtimes = Runtimes()
-        self._hooks = PassHooks(model, self.geometry, self._settings)
+        self._table: Table | None = None
+        self._hooks = PassHooks(model, self.geometry, self._settings, self.account)
 
     @property
     def config(self) -> Any:
@@ -102,6 +105,7 @@ class Adapted(nn.Module):
         compute: Compute | Mapping[str, Compute] | None = None,
         runtime: str = "auto",
         weights: str = "auto",
+        hold: bool = False,
         speculate: str | Drafter | None = None,
         draft_compute: float | None = None,
         draft_risk: float = 1.0,
@@ -114,7 +118,10 @@ class Adapted(nn.Module):
         Args:
             runtime: `auto` runs what it can on our own runtime and the rest on `transformers`; `native` refuses the
                 rest; `stock` is `transformers` always.
-            weights: what our runtime holds the weights in: fp32, bf16, fp16, int8, int4; `auto` is the model's dtype.
+            weights: what our runtime holds the weights in: fp32, bf16, fp16, int8, int4, mixed; `auto` is the
+                model's dtype.
+            hold: steer each request by what it has spent, so that it ends at what was asked. Goes with `compute`; a
+                `spend` block has its own.
             speculate: how to draft: `self`, `low_dial`, `prompt_lookup`, `streaming_llm`, `snapkv`, or a `Drafter`.
                 Then `draft_length` is how much; `speculate.generating.generate` has the other arguments.
             draft_compute: of the `low_dial` draft; left out, the least that the dial reaches.
@@ -128,7 +135,11 @@ class Adapted(nn.Module):
         from rheostat.speculate.pacing import Pace
 
         outer = current_spending()
-        with nullcontext() if compute is None else spend(compute, meter=outer.meter if outer else None):
+        if hold and compute is None:
+            raise bad_setting("hold", hold, "False where no compute is given: the enclosing spend decides")
+        if (hold or (compute is None and outer is not None and outer.hold)) and speculate is not None:
+            raise bad_setting("hold", True, "False with drafts, which are checked several tokens at a time")
+        with nullcontext() if compute is None else spend(compute, meter=outer.meter if outer else None, hold=hold):
             if speculate is not None:
                 drafter = make_drafter(speculate, self.method, self.dial.low, compute=draft_compute, risk=draft_risk)
                 Pace.of(kwargs.get("draft_length", DRAFT_LENGTH))  # before anything is packed or read
@@ -166,7 +177,7 @@ class Adapted(nn.Module):
                 stages = self.method.acts_at() & OWN_GENERATE
                 if stages and native.ahead is None:
                     raise Unsupported(f"generate with a method at the stage {sorted(stages)[0]}")
-                return generate(self.model, native, self.settings, args, kwargs)
+                return generate(self.model, native, self.settings, self.account, args, kwargs)
         except Unsupported as reason:
             refuse(runtime, reason)
         if "cache" in self.method.acts_at() and not any(kwargs.get(name) for name in OWN_CACHE):
@@ -260,6 +271,25 @@ class Adapted(nn.Module):
         news = input_ids[:, past:] if mask.shape[1] == input_ids.shape[1] else input_ids
         logits = self.method.prefill(self.model, news, mask, cache)
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
+
+    @property
+    def can_hold(self) -> bool:
+        """Whether requests can be held to what they asked for: one method has a setting to turn, and its layers tell
+        what tokens saved."""
+        dialled = self.method.dialled()
+        is_one = len(dialled) == 1 and dialled[0].holds and not self.method.at("prefill").reads_prompts
+        return is_one and list(self.dial.settings) == [dialled[0].name]
+
+    def account(self, num_rows: int) -> Account | None:
+        """What holds new requests to what the enclosing `spend` asks for; None where it does not, or nothing can."""
+        spending = current_spending()
+        if spending is None or not spending.hold or spending.native is not None or spending.override is not None:
+            return None
+        if min(*spending.prefill, *spending.decode) == 1 or not self.can_hold:
+            return None
+        if self._table is None or self._table.dial is not self.dial:
+            self._table = Table(self.dial, self.geometry, next(iter(self.dial.settings)))
+        return Account.new(self._table, num_rows)
 
     def settings(self, phase: str, num_rows: int) -> dict[str, torch.Tensor]:
         """The native settings [B] that the enclosing `spend` asks for in a phase; empty when all run dense."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,14 @@ def measure_compute(
     adapted: Adapted, windows: torch.Tensor, native: dict[str, float], batch_tokens: int = 2048
 ) -> float:
     """`compute` that a native setting spends on windows [N, T], the head counted at every position but not run."""
+    return measure_widths(adapted, windows, native, batch_tokens)[0]
+
+
+@torch.no_grad()
+def measure_widths(
+    adapted: Adapted, windows: torch.Tensor, native: dict[str, float], batch_tokens: int = 2048
+) -> tuple[float, tuple[float, ...]]:
+    """The same, and each routed layer's mean FFN width as a share of the full one."""
     reads_prompts = adapted.method.at("prefill").reads_prompts
     with spend(native=native, keep_passes=False) as meter:
         for batch in windows.split(max(1, batch_tokens // windows.shape[1])):
@@ -82,9 +91,9 @@ def measure_compute(
             else:
                 families.decoder(adapted.model)(input_ids=batch.to(adapted.device), use_cache=False)
         if reads_prompts:
-            return meter.compute
+            return meter.compute, tuple(meter.layer_fractions())
         meter.bill(head_cost(adapted.geometry, windows.numel(), adapted.dtype.itemsize))
-    return meter.compute
+    return meter.compute, tuple(meter.layer_fractions())
 
 
 def calibrate(adapted: Adapted, windows: torch.Tensor, *, progress: Progress = no_progress) -> Dial:
@@ -119,12 +128,17 @@ def _calibrate_one(adapted: Adapted, method: Method, windows: torch.Tensor, prog
     floor = method.floor(adapted.geometry)
     middle = (1 + floor) / 2
     points: dict[float, float] = {}
+    widths: dict[float, tuple[float, ...]] = {method.neutral(): (1.0,) * adapted.geometry.num_layers}
+
+    def measure(setting: float) -> float:
+        spent, widths[setting] = measure_widths(adapted, windows, {name: setting})
+        return spent
 
     def walk(setting: float, factor: float) -> None:
         before = None
         while low < setting <= high and len(points) < MAX_POINTS:
             progress("measuring the dial", len(points), len(points) + 1)
-            points[setting] = spent = measure_compute(adapted, windows, {name: setting})
+            points[setting] = spent = measure(setting)
             is_there = spent > NEAR_DENSE if factor < 1 else spent < floor + NEAR_FLOOR
             is_flat = before is not None and abs(before - spent) < FLAT and (spent > middle) == (factor < 1)
             if is_there or is_flat:
@@ -134,12 +148,15 @@ def _calibrate_one(adapted: Adapted, method: Method, windows: torch.Tensor, prog
     walk(START, STEP)
     walk(START / STEP, 1 / STEP)
     if math.isfinite(high) and high not in points:
-        points[high] = measure_compute(adapted, windows, {name: high})
+        points[high] = measure(high)
     while (between := _widest_gap(points)) and len(points) < MAX_POINTS:
         progress("measuring the dial", len(points), len(points) + 1)
-        points[between] = measure_compute(adapted, windows, {name: between})
+        points[between] = measure(between)
     progress("measuring the dial", len(points), len(points))
-    return _dial(name, method.neutral(), points, _measured_on(windows))
+    dial = _dial(name, method.neutral(), points, _measured_on(windows))
+    if not method.holds:
+        return dial
+    return replace(dial, profile={name: tuple(widths[setting] for setting in dial.settings[name])})
 
 
 def _dial(name: str, neutral: float, points: dict[float, float], measured: dict[str, Any]) -> Dial:

@@ -132,8 +132,8 @@ def _start_native(
 ) -> _Stock | _Native:
     """A prompt read by our runtime; or by the method that acts at prefill, and then we go on from its cache."""
     if adapted.reads_prompts_on(runtime):
-        settings = adapted.settings("prefill", len(input_ids))
-        return _Native(adapted, Batch.read(runtime, input_ids, mask, settings, num_new=num_new))
+        settings, account = adapted.settings("prefill", len(input_ids)), adapted.account(len(input_ids))
+        return _Native(adapted, Batch.read(runtime, input_ids, mask, settings, num_new=num_new, account=account))
     stock = _Stock(adapted, input_ids, mask)
     try:
         pairs = keys_and_values(stock.cache, input_ids.shape[1])

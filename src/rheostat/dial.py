@@ -27,6 +27,8 @@ class Dial:
     """Method name -> native setting at each point."""
     measured_on: Mapping[str, Any] = field(default_factory=dict)
     """What the table was measured on: source, windows, tokens."""
+    profile: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
+    """Method name -> mean FFN width of each layer, as a share of the full one, at each point; where it is known."""
 
     def __post_init__(self) -> None:
         falls = all(a > b for a, b in zip(self.compute, self.compute[1:], strict=False))
@@ -35,6 +37,10 @@ class Dial:
         for name, values in self.settings.items():
             if len(values) != len(self.compute) or any(not math.isfinite(v) or v < 0 for v in values):
                 raise SettingError(f"dial: {name} must have one finite, non-negative setting for each compute")
+        for name, rows in self.profile.items():
+            is_square = len({len(row) for row in rows}) == 1
+            if len(rows) != len(self.compute) or not is_square or any(not 0 <= v <= 1 for row in rows for v in row):
+                raise SettingError(f"dial: the profile of {name} must have one row of shares for each compute")
 
     @property
     def low(self) -> float:
@@ -69,7 +75,11 @@ class Dial:
             "compute": list(self.compute),
             "settings": {name: list(values) for name, values in self.settings.items()},
             "measured_on": dict(self.measured_on),
-        }
+        } | (
+            {"profile": {name: [list(row) for row in rows] for name, rows in self.profile.items()}}
+            if self.profile
+            else {}
+        )
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Dial:
@@ -80,8 +90,14 @@ class Dial:
         """
         try:
             settings = {name: tuple(map(float, values)) for name, values in table["settings"].items()}
+            profile = {
+                name: tuple(tuple(map(float, row)) for row in rows) for name, rows in table.get("profile", {}).items()
+            }
             return cls(
-                compute=tuple(map(float, table["compute"])), settings=settings, measured_on=table.get("measured_on", {})
+                compute=tuple(map(float, table["compute"])),
+                settings=settings,
+                measured_on=table.get("measured_on", {}),
+                profile=profile,
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise SettingError(f"dial: the saved table cannot be read ({error})") from None

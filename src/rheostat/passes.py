@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import nn
 
 from rheostat import families
 from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
 from rheostat.geometry import Geometry
+from rheostat.holding import Account, Reading, Step
 from rheostat.methods.base import MeteredFFN
 from rheostat.spending import Pass, current_pass, current_phase, current_spending, enter_pass
 
@@ -22,23 +24,33 @@ if TYPE_CHECKING:
 Settings = Callable[[str, int, torch.device], dict[str, torch.Tensor]]
 """From a phase, a number of rows B and a device: name of a dial -> native settings [B]."""
 
+NewAccount = Callable[[int], Account | None]
+"""For a number of rows: what holds them to what they asked for, if anything does."""
+
 
 class PassHooks:
-    """Three hooks: one announces each pass of the decoder, two count what no layer of a method counts.
+    """Four hooks: one notes how many logits are wanted, one announces each pass of the decoder, two count what no layer
+    of a method counts.
 
     Args:
         model: with its method attached, so that it is known which FFNs count for themselves.
         settings: what the layers are told to obey.
+        new_account: what steers requests that are held.
     """
 
-    def __init__(self, model: PreTrainedModel, geometry: Geometry, settings: Settings) -> None:
-        self.model, self.geometry, self.settings = model, geometry, settings
+    def __init__(self, model: PreTrainedModel, geometry: Geometry, settings: Settings, new_account: NewAccount) -> None:
+        self.model, self.geometry, self.settings, self.new_account = model, geometry, settings, new_account
         self._num_plain_ffns = sum(not isinstance(layer.mlp, MeteredFFN) for layer in families.layers(model))
         self._read: WeakKeyDictionary[Any, tuple[int, list[int]]] = WeakKeyDictionary()
         """Cache -> its length after the newest pass, and how many of each row's tokens are not padding: what the
         masks of caches of a fixed size do not tell."""
+        self._accounts: WeakKeyDictionary[Any, Account] = WeakKeyDictionary()
+        """Cache -> the account of the requests in it."""
+        self._kept_logits: Any = 0
+        """How many positions of the pass that begins give logits; 0 for all."""
         decoder, head = families.decoder(model), families.head(model)
         self._handles = [
+            model.register_forward_pre_hook(self._note_logits, with_kwargs=True),
             decoder.register_forward_pre_hook(self._open_pass, with_kwargs=True),
             decoder.register_forward_hook(self._bill_decoder, with_kwargs=True),
             head.register_forward_hook(self._bill_head),
@@ -74,7 +86,8 @@ class PassHooks:
         spending = current_spending()
         settings = self.settings(phase, num_rows, tokens.device)
         is_plain = phase == "decode" and (mask is None or bool((valid & ~first).all()))
-        enter_pass(Pass(phase, valid, first, settings, is_plain=is_plain, past=past, mask=mask))
+        held = self._hold(phase, valid, cache, past)
+        enter_pass(Pass(phase, valid, first, settings, is_plain=is_plain, past=past, mask=mask, held=held))
         if isinstance(cache, HierarchicalCache) and not past and mask is not None:
             cache.mark_padding(mask)
         if spending is not None:
@@ -84,6 +97,28 @@ class PassHooks:
                 spending.meter.add("scores", 0, -cache.saved_bytes, 0, 0)
             if self._num_plain_ffns:
                 spending.meter.widths(valid.long() * full * self._num_plain_ffns)
+
+    def _note_logits(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._kept_logits = kwargs.get("logits_to_keep", 0)
+
+    def _hold(self, phase: str, valid: torch.Tensor, cache: Any, past: int) -> Step | Reading | None:
+        """What steers the pass that begins, where requests are held."""
+        kept, self._kept_logits = self._kept_logits, 0
+        spending, num_rows = current_spending(), len(valid)
+        if spending is None or not spending.hold or (fresh := self.new_account(num_rows)) is None:
+            return None
+        account = self._accounts.get(cache) if past else None
+        if account is None or len(account.balance) != num_rows:
+            account = fresh
+        if cache is not None:
+            self._accounts[cache] = account
+        asked = np.array(spending.rows(phase, num_rows))
+        counts = valid.cpu().numpy().astype(np.float64)
+        if valid.shape[1] == 1 and phase == "decode":
+            return account.step(asked)
+        if isinstance(kept, int) and kept == 1:  # a prompt
+            return account.read(asked, counts.sum(1, keepdims=True), np.ones((num_rows, 1)))
+        return account.read(asked, counts, counts)
 
     def _bill_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         one, spending = current_pass(), current_spending()

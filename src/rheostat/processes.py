@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
+from rheostat.errors import SettingError
+
 if TYPE_CHECKING:
     import torch
 
@@ -21,6 +23,10 @@ T = TypeVar("T")
 LONG = timedelta(days=7)
 """How long processes wait for each other: fits and evaluations take minutes to hours, and a dead process is noticed
 anyway."""
+
+
+SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+"""What `accelerate launch` sets where the model itself is to be shared out, and what that is called."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,11 @@ def join(*, cpu: bool | None = None) -> Ranks:
 
     Args:
         cpu: meet on the CPU; left out, what `accelerate launch` was told decides.
+
+    Raises:
+        SettingError: `accelerate launch` was told to share out the model itself.
     """
+    check_whole()
     if count() == 1:
         return Ranks()
     from accelerate import PartialState
@@ -84,6 +94,20 @@ def join(*, cpu: bool | None = None) -> Ranks:
     ranks = Ranks(state.process_index, state.num_processes)
     atexit.register(ranks.close)  # a group that is still there when the interpreter is torn down can abort the process
     return ranks
+
+
+def check_whole() -> None:
+    """Refuse launches in which a process is to hold a part of the model only: on CPUs accelerate would leave that out
+    without a word, and gradients are averaged here as those of whole models.
+
+    Raises:
+        SettingError: this is one.
+    """
+    for flag, kind in SHARDED.items():
+        if os.environ.get(flag, "false").lower() in ("true", "1", "yes"):
+            raise SettingError(
+                f"{kind}: is not supported, each process holds the whole model; use accelerate launch without it"
+            )
 
 
 def wait() -> None:

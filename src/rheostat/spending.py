@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
@@ -38,6 +39,8 @@ class Spending:
     """(layer, x [N, D]) -> expert [N]: replaces the routers' choice, for baselines, oracles and training."""
     native: Mapping[str, float] | None = None
     """Method name -> native setting for all rows: bypasses the dial, for calibration and training."""
+    hold: bool = False
+    """Steer each row by what it has spent."""
 
     def rows(self, phase: str, num_rows: int) -> tuple[float, ...]:
         """The asked `compute` of each of `num_rows` rows. Beams and samples of one request are neighbours and
@@ -65,6 +68,7 @@ def spend(
     meter: Meter | None = None,
     native: Mapping[str, float] | None = None,
     override: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+    hold: bool = False,
 ) -> Iterator[Meter]:
     """Run adapted models at `compute` inside the block, and count what they spend.
 
@@ -75,6 +79,8 @@ def spend(
         meter: count into this one, not into a new one.
         native: method name -> native setting; used instead of `compute` (for calibration and training).
         override: (layer, x [N, D]) -> expert [N]; used instead of the routers (for baselines and oracles).
+        hold: steer each request by what it has spent, so that it ends at what was asked; without, the dial's table
+            decides alone, and `compute` is a mean over text.
 
     Yields:
         The `Meter`.
@@ -87,7 +93,7 @@ def spend(
         raise bad_setting("compute", sorted(unknown)[0], "a number, or a mapping with the keys prefill and decode")
     prefill, decode = (_check_compute(by_phase.get(phase, 1.0)) for phase in PHASES)
     meter = meter or Meter(keep_passes=keep_passes)
-    token = _spending.set(Spending(prefill, decode, meter, override, native))
+    token = _spending.set(Spending(prefill, decode, meter, override, native, hold))
     try:
         yield meter
     finally:
@@ -121,6 +127,16 @@ def for_rows(rows: Sequence[int], num_rows: int) -> Iterator[None]:
         _spending.reset(token)
 
 
+class Held(Protocol):
+    """One pass of rows that are held to what they asked for (`holding`)."""
+
+    def setting(self, layer: int) -> Any:
+        """The native settings of a layer, [B] or [B, C] float64 (numpy): of each row, or of each of its C tokens."""
+
+    def took(self, layer: int, saved: Any) -> None:
+        """Weights [B, T] that the tokens left out in that layer."""
+
+
 @dataclass(frozen=True)
 class Pass:
     """Facts about the forward pass in progress that the layers need and `transformers` does not hand them."""
@@ -139,6 +155,8 @@ class Pass:
     """Tokens in the cache before this pass, padding included."""
     mask: torch.Tensor | None = None
     """[B, past + T], the attention mask, where the caller gave a plain one."""
+    held: Held | None = None
+    """Set where requests are held: it has the settings, and wants to know what they came to."""
 
 
 _phase: ContextVar[str | None] = ContextVar("rheostat_phase", default=None)

@@ -38,7 +38,7 @@ def test_the_same_tokens_as_the_library_with_the_same_widths(rheostat, dial_fold
     answer = figures["answers"][0]
     adapted, tokenizer = api.load(str(dial_folder))
     inputs = tokenizer("Rivers", return_tensors="pt")
-    with api.spend(0.8) as meter, torch.inference_mode():
+    with api.spend(0.8, hold=True) as meter, torch.inference_mode():
         out = adapted.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -64,6 +64,19 @@ def test_the_runtime_can_be_chosen(rheostat, refused, dial_folder: Path):
     assert low["runtime"] == "native bf16"
     assert "runtime='ours': must be one of auto" in refused(*common, "--runtime", "ours")
     assert "weights='int3': must be one of auto" in refused(*common, "--weights", "int3")
+
+
+def test_an_answer_ends_at_what_was_asked_unless_it_is_left_to_the_table(rheostat, refused, dial_folder: Path):
+    common = ("generate", dial_folder, "Rivers run", "--max-new-tokens", 40, "--compute", "0.8", "--json")
+    held, free = (rheostat(*common, flag).figures["answers"][0] for flag in ("--hold", "--no-hold"))
+    assert rheostat(*common).figures["answers"][0]["token_ids"] == held["token_ids"]
+    assert held["bill"]["compute"] == pytest.approx(0.8, abs=0.015)
+    adapted, tokenizer = api.load(str(dial_folder))
+    with api.spend(0.8) as meter, torch.inference_mode():
+        adapted.generate(**tokenizer("Rivers run", return_tensors="pt"), max_new_tokens=40, do_sample=False)
+    assert free["bill"]["compute"] == pytest.approx(meter.compute)
+    assert abs(free["bill"]["compute"] - 0.8) > abs(held["bill"]["compute"] - 0.8)
+    assert "hold=True: must be left out with --draft" in refused(*common, "--hold", "--draft", "prompt_lookup")
 
 
 def test_phases_apart(rheostat, dial_folder: Path):

@@ -116,7 +116,30 @@ static void steps(int format, int group, int threads) {
             NewTokens now = {lengths.get(), starts.get(), is_draft ? firsts : nullptr, is_draft ? &planes : nullptr, cached};
             Step step = {hidden, positions.get(), settings, now, (uint8_t*)keys.get(),
                          (uint8_t*)values.get(), (int64_t)n / num_layers, cos, sin, logits, experts.get(), rows};
-            rheostat_step(&decoder, &step, threads);
+            for (int again = 0; again < 3; again++) rheostat_step(&decoder, &step, threads);  // shares are moved in between
+        }
+}
+
+static void lookups() {
+    for (int format : {kFloat32, kBFloat16, kFloat16})
+        for (int d : {1, 16, 37}) {
+            const int rows = 5;
+            std::unique_ptr<uint8_t[]> table(new uint8_t[(size_t)rows * d * (format == kFloat32 ? 4 : 2)]());
+            const int64_t ids[] = {4, 0, 4};
+            Floats out(3 * d);
+            rheostat_embed(table.get(), ids, out, format, 3, d);
+        }
+}
+
+static void packings(int threads) {
+    for (int rows : {1, 16, 37})
+        for (int cols : {1, 64, 77}) {
+            Packed to(kBFloat16, 0, rows, cols);
+            Floats from(rows * cols);
+            std::unique_ptr<uint16_t[]> half(new uint16_t[rows * cols]());
+            const int whole = rheostat_pack_bfloat((float*)from, cols, 0, rows, cols, to.data.get(), to.m.panel_bytes, threads);
+            const int other = rheostat_pack_bfloat(half.get(), cols, 1, rows, cols, to.data.get(), to.m.panel_bytes, threads);
+            if (!whole || !other) abort();
         }
 }
 
@@ -192,6 +215,8 @@ int main() {
             steps(kind, group, threads);
         }
         attentions(threads);
+        lookups();
+        packings(threads);
         prompts(threads);
         readings(threads);
     }

@@ -142,3 +142,13 @@ def test_no_byte_outside_is_touched(level, tmp_path):
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "all done" in done.stdout
+
+
+@needs_compiler
+def test_shares_follow_the_speed_of_the_threads(tmp_path):
+    program = tmp_path / "balance"
+    source = str(Path(__file__).with_name("balance.cpp"))
+    flags = ["-std=c++17", "-O1", "-pthread", "-Wno-psabi", f"-I{build.NATIVE}"]
+    subprocess.run([build.find_compiler(), *flags, source, "-o", str(program)], check=True, timeout=240)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "all done", done.stderr

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -87,6 +90,17 @@ def test_a_step_in_each_format(format):
     compare(packed(tiny_model(), format), None, num_rows=2, tolerance=TOLERANCE[format])
 
 
+def test_a_step_whose_matrices_are_in_4_and_in_8_bits():
+    """Gate and up of the first layer, and the head, lie on the grid of 4 bits."""
+    own = build(tiny_model("qwen3"))
+    grid, head = (kernels.pack(one, "int4").unpack() for one in (own.layers[0].ffn.gate, own.head))
+    first = replace(own.layers[0], ffn=replace(own.layers[0].ffn, gate=grid, up=grid * 0.5))
+    weights = packing.decode_form(replace(own, layers=(first, *own.layers[1:]), head=head), "mixed")
+    formats = {one.format for one in packing.matrices(weights) if isinstance(one, kernels.PackedMatrix)}
+    assert formats == {"int4", "int8"}
+    compare(weights, None, num_rows=3, tolerance=TOLERANCE["int4"])
+
+
 @pytest.mark.parametrize("target", ["damage", "class"])
 def test_routed_steps_with_a_dial_for_each_row(target):
     weights = packed(routed(target), "fp32")
@@ -119,6 +133,58 @@ def test_a_cache_may_keep_rows_free_in_each_layer():
         native(ids, positions, roomy, None, rope)
 
 
+@pytest.mark.parametrize("num_threads", [2, 3, 7])
+def test_any_number_of_threads_gives_the_same_bits(num_threads):
+    """However work is shared out, which moves from step to step."""
+    weights = packed(routed("damage"), "int8")
+    native, rope = NativeDecoder(kernels.library(), weights), RopeTable(weights.inv_freq)
+    settings, before = torch.tensor([0.0, 0.3, 0.05]), torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, num_threads):
+            torch.set_num_threads(number)
+            cache, positions = new_cache(weights, 3), torch.tensor([5, 4, 3])
+            steps = [native(torch.tensor([7, 8, 9]), positions + i, cache, settings, rope) for i in range(12)]
+            found.append(torch.stack([logits for logits, _ in steps]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+def test_a_cache_whose_memory_is_another_is_looked_at_again():
+    """What is kept from step to step is of one memory and one decoder."""
+    pair = [packed(tiny_model(seed=seed), "fp32") for seed in (0, 1)]
+    natives = [NativeDecoder(kernels.library(), weights) for weights in pair]
+    rope, ids, positions = RopeTable(pair[0].inv_freq), torch.tensor([5, 6]), torch.tensor([5, 4])
+    mine, fresh = new_cache(pair[0], 2), [new_cache(pair[0], 2) for _ in range(4)]
+    for step, who in enumerate((0, 1, 0, 0)):
+        if step == 3:  # as a batch does that rows join and leave
+            mine.keys, mine.values = mine.keys.clone(), mine.values.clone()
+        mine.truncate(torch.tensor([5, 5], dtype=torch.int32))
+        logits, _ = natives[who](ids, positions, mine, None, rope)
+        wanted, _ = plain.step(pair[who], ids, positions, fresh[step], None, rope)
+        assert distance(logits, wanted) < 2e-6
+        assert torch.equal(mine.keys[0, :, :, 5], natives_keys(natives[who], pair[who], ids, positions, rope))
+
+
+def natives_keys(native: NativeDecoder, weights: DecoderWeights, *arguments: Any) -> torch.Tensor:
+    """What the decoder writes into a fresh cache."""
+    ids, positions, rope = arguments
+    cache = new_cache(weights, 2)
+    native(ids, positions, cache, None, rope)
+    return cache.keys[0, :, :, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_rows_of_the_embedding(dtype):
+    """Looked up by native code, or by torch what that does not know."""
+    weights = packed(tiny_model(), "fp32")
+    table = weights.embedding.to(dtype)
+    native = NativeDecoder(kernels.library(), replace(weights, embedding=table))
+    ids = torch.tensor([0, VOCAB - 1, 7, 7])
+    assert torch.equal(native._embed(ids, torch.empty(4, table.shape[1])), table[ids].float())
+
+
 def test_two_models_at_once():
     pairs = [(NativeDecoder(kernels.library(), w), w) for w in (packed(tiny_model(seed=s), "fp32") for s in (0, 1))]
     caches = [new_cache(weights, 2) for _, weights in pairs]
@@ -139,6 +205,8 @@ def test_what_does_not_fit_is_refused():
         "positions=": (ids, positions[:1], new_cache(weights, 2), None),
         "token_ids=": (torch.tensor([5, VOCAB]), positions, new_cache(weights, 2), None),
         "settings=": (ids, positions, new_cache(weights, 2), torch.ones(3)),
+        "token_ids=.5, 6": (torch.tensor([[5, 0], [6, 0]])[:, 0], positions, new_cache(weights, 2), None),
+        "positions=.-1": (ids, torch.tensor([-1, 4]), new_cache(weights, 2), None),
         "cache dtype=": (ids, positions, new_cache(weights, 2, torch.float64), None),
     }.items():
         with pytest.raises(SettingError, match=name):

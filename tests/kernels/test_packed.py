@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rheostat.errors import SettingError
-from rheostat.kernels import pack
+from rheostat.kernels import pack, packed
 from rheostat.kernels.packed import check_edges, quantise_groups
 from tests.kernels.cases import FORMATS, distance, random_matrix
 
@@ -20,17 +20,40 @@ LOSS = {"fp32": 0.0, "bf16": 3e-3, "fp16": 4e-4, "int8": 1e-2, "int4": 0.2}
 )
 def test_unpacking_gives_the_weights_back(case, num_rows, num_cols, seed):
     weight = torch.randn(num_rows, num_cols, generator=torch.Generator().manual_seed(seed))
-    packed = pack(weight, case[0], case[1] or 32)
-    assert packed.shape == packed.unpack().shape == weight.shape
-    assert distance(packed.unpack(), weight) <= LOSS[case[0]]
+    made = pack(weight, case[0], case[1] or 32)
+    assert made.shape == made.unpack().shape == weight.shape
+    assert distance(made.unpack(), weight) <= LOSS[case[0]]
 
 
 @pytest.mark.parametrize(("format", "group"), FORMATS)
 def test_rows_are_those_of_the_whole(format, group):
-    packed = random_matrix(37, 100, format, group, torch.Generator().manual_seed(0))
+    made = random_matrix(37, 100, format, group, torch.Generator().manual_seed(0))
     index = torch.tensor([36, 0, 17, 17])
-    assert torch.equal(packed.rows(index), packed.unpack()[index])
-    assert packed.rows(index[:0]).shape == (0, 100)
+    assert torch.equal(made.rows(index), made.unpack()[index])
+    assert made.rows(index[:0]).shape == (0, 100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (37, 77), (50, 130)])
+def test_native_packing_gives_the_bits_of_the_other(shape, dtype, monkeypatch):
+    """Ties, zeros of both signs and subnormal numbers too, and rows that lie apart."""
+    whole = torch.randn(shape[0], shape[1] + 3, generator=torch.Generator().manual_seed(0))
+    whole.view(torch.int32).bitwise_and_(-0x8000)  # halfway, or representable
+    odd = torch.tensor([1e-40, -1e-42, -0.0, 0.0, 3e38, 1.00390625])
+    whole.flatten()[: len(odd)] = odd[: whole.numel()]
+    for weight in (whole[:, :-3].to(dtype), whole.to(dtype)[:, :-3]):
+        found = pack(weight, "bf16")
+        monkeypatch.setattr(packed, "library", lambda: None)
+        assert torch.equal(found.data, pack(weight, "bf16").data)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_refused(value):
+    weight = torch.zeros(20, 20)
+    weight[17, 19] = value
+    with pytest.raises(SettingError, match="finite"):
+        pack(weight, "bf16")
 
 
 def test_bytes():

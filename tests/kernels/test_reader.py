@@ -148,5 +148,8 @@ def test_what_does_not_fit_is_refused():
     }.items():
         with pytest.raises(SettingError, match=name):
             ours.reader(*arguments, None, rope)
+    for wrong in (-1, VOCAB):
+        with pytest.raises(SettingError, match="token_ids="):
+            ours.reader.embed(torch.tensor([5, wrong]))
     with pytest.raises(SettingError, match="weights="):
         NativeReader(kernels.library(), packing.decode_form(weights, "int8"))

@@ -14,6 +14,7 @@ from rheostat.runtime.cache import KVCache
 from rheostat.runtime.planes import PlaneCache
 from rheostat.runtime.rope import RopeTable
 from rheostat.runtime.weights import DecoderWeights
+from rheostat.sampling import most_likely
 from tests import tiny
 from tests.kernels.cases import TOLERANCE, distance
 from tests.kernels.test_decoder import FAMILIES, packed, routed
@@ -156,3 +157,40 @@ def test_numbers_of_tokens_that_do_not_add_up_are_refused():
     for counts in ((1, 2), (3, -1)):
         with pytest.raises(SettingError, match="counts="):
             native(ids, ids, filled(weights, (4, 4)), None, rope, counts=counts)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("groups", [(), (16, 0)])
+def test_a_draft_in_one_call_is_steps_in_a_row(kind, groups):
+    """Tokens, cache and experts, with a row that waits and a dial for each token."""
+    weights = packed(routed("damage"), "fp32")
+    table = torch.randn(weights.embedding.shape, generator=torch.Generator().manual_seed(3)).to(kind)
+    weights = type(weights)(**vars(weights) | {"embedding": table})  # not the head's twin, which would repeat itself
+    native, rope = NativeDecoder(kernels.library(), weights), RopeTable(weights.inv_freq, weights.rope_scale)
+    base = filled(weights, (40, 9, 70))
+    counts, settings, number = [1, 0, 1], torch.tensor([0.02, 0.3]), 6
+    ids, positions = torch.tensor([5, 9]), (base.lengths - base.starts)[[0, 2]].long()
+    caches = [copied(base, *groups) for _ in range(2)]
+    drafted = torch.empty(number, 2, dtype=torch.int64)
+    _, experts = native(ids, positions, caches[0], settings, rope, counts=counts, drafted=drafted)
+    newest, tokens, chosen = ids, [], []
+    for i in range(number):
+        logits, one = native(newest, positions + i, caches[1], settings, rope, counts=counts)
+        newest = most_likely(logits)
+        tokens.append(newest)
+        chosen.append(one)
+    assert torch.equal(drafted, torch.stack(tokens))
+    assert len(drafted.unique()) > 3
+    assert torch.equal(experts, torch.stack(chosen))
+    for name in ("keys", "values", "lengths"):
+        assert torch.equal(getattr(caches[0], name), getattr(caches[1], name))
+
+
+def test_drafts_of_several_tokens_a_row_are_refused():
+    weights = packed(tiny_model(), "fp32")
+    native, rope = NativeDecoder(kernels.library(), weights), RopeTable(weights.inv_freq)
+    ids, drafted = torch.tensor([5, 6]), torch.empty(3, 2, dtype=torch.int64)
+    with pytest.raises(SettingError, match="drafted="):
+        native(ids, ids, filled(weights, (4,)), None, rope, counts=[2], drafted=drafted)
+    with pytest.raises(SettingError, match="drafted="):
+        native(ids, ids, filled(weights, (4, 4)), None, rope, drafted=drafted.int())

@@ -38,6 +38,27 @@ def test_the_plain_twin_holds_the_numbers_of_the_packed_form(weights, format):
             assert float((b - whole).norm() / whole.norm()) < {"int4": 0.15, "int8": 0.01}.get(format, 0.005)
 
 
+def test_mixed_keeps_to_the_last_bit_what_fits_4_bits_and_the_rest_in_8(weights):
+    """As for a model from a Q4_1 file, of which one matrix was changed."""
+    first = weights.layers[0]
+    grid = packing.pack(first.ffn.gate, "int4", packing.GROUP).unpack()
+    odd = replace(first, ffn=replace(first.ffn, gate=grid, up=grid), o=packing.pack(first.o, "int4").unpack())
+    both = replace(weights, layers=(odd, *weights.layers[1:]))
+    made = packing.decode_form(both, "mixed")
+    gate, other = made.layers[0].ffn.gate, made.layers[1].ffn.gate
+    assert (gate.format, made.layers[0].o.format, other.format, made.head.format) == ("int4", "int4", "int8", "int8")
+    assert torch.equal(gate.unpack(), grid)
+    half = replace(odd, ffn=replace(odd.ffn, up=first.ffn.up))  # native code takes gate and up alike
+    made = packing.decode_form(replace(weights, layers=(half,)), "mixed")
+    assert made.layers[0].ffn.gate.format == made.layers[0].ffn.up.format == "int8"
+
+
+def test_mixed_has_no_group_across_an_edge():
+    grid = packing.pack(torch.randn(16, 96), "int4", packing.GROUP).unpack()
+    assert packing.mixed_format(grid, edges=(32, 64)) == "int4"
+    assert packing.mixed_format(grid, edges=(48,)) == "int8"
+
+
 def test_fewer_bits_are_fewer_bytes(weights):
     held = {one: packing.own_bytes(packing.decode_form(weights, one), weights) for one in FORMATS}
     assert held["fp32"] > held["bf16"] == held["fp16"] > held["int8"] > held["int4"]

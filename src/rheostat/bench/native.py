@@ -17,7 +17,7 @@ from rheostat.runtime.engine import Runtime
 from rheostat.runtime.packing import check_format, prefill_dtype
 from rheostat.runtime.weights import DecoderWeights, Matrix
 from rheostat.sampling import most_likely
-from rheostat.spending import Compute, spend
+from rheostat.spending import Compute, Spending, current_spending, spend
 
 
 class NativeSide(Side):
@@ -38,6 +38,9 @@ class NativeSide(Side):
         self.compute: Compute = spec.compute
         """What is asked; may be set to one number a row."""
         self.spec = replace(spec, weights=format, dtype=str(prefill_dtype(format)).removeprefix("torch."))
+        self._asked: Spending | None = None
+        self._setting: torch.Tensor | None = None
+        self._batch: Batch | None = None
         assert self.runtime.decode_weights is not None, "packing is not to be timed"
         assert self.runtime.prefill_weights is not None
 
@@ -50,19 +53,21 @@ class NativeSide(Side):
     def prefill(self, ids: torch.Tensor) -> Any:
         """One pass over the prompts [B, T]."""
         settings = self.adapted.settings("prefill", len(ids))
-        batch = Batch.read(self.runtime, ids, None, settings, num_new=self.spec.context)
+        self._batch = batch = Batch.read(self.runtime, ids, None, settings, num_new=self.spec.context)
         return batch, most_likely(batch.logits)
 
     def decode(self, state: Any) -> Any:
         """One pass over one token a row."""
         batch, token_ids = state
-        setting = self.runtime.setting(self.adapted.settings("decode", len(token_ids)))
-        logits = batch.step(token_ids, setting)
-        batch.settle()
-        return batch, most_likely(logits)
+        if (asked := current_spending()) is not self._asked:
+            self._setting = self.runtime.setting(self.adapted.settings("decode", len(token_ids)))
+            self._asked = asked
+        return batch, most_likely(batch.step(token_ids, self._setting))
 
     def wait(self) -> None:
-        """Nothing runs on."""
+        """Nothing runs on, but the bill is due: for all steps at once, as `generate` does it."""
+        if self._batch is not None:
+            self._batch.settle()
 
     def spent(self, ids: torch.Tensor, num_steps: int) -> Spent:
         """By the meter, with the bytes of the forms that the weights really have."""
@@ -72,6 +77,7 @@ class NativeSide(Side):
             with spend(self.compute, keep_passes=False) as decode:
                 for _ in range(num_steps):
                     state = self.decode(state)
+                self.wait()
         used, dense = prefill.cost + decode.cost, prefill.dense + decode.dense
         runtime = self.runtime
         return Spent(
@@ -94,7 +100,8 @@ class NativeSide(Side):
                 (getattr(form.layers[i].ffn, n), getattr(plain.layers[i].ffn, n))
                 for i in layers
                 for n in ("gate", "up")
-            ],
+            ]
+            + [(form.layers[i].ffn.downs[-1], plain.layers[i].ffn.downs[-1]) for i in layers],
             "head": [(form.head, plain.head)],
         }
         shares = {

@@ -48,7 +48,7 @@ class Config(Common):
         ("float32", "bfloat16", "float16"), help="dtypes to try stock transformers in (--dtype is the dial's)"
     )
     weights: tuple[str, ...] = setting(
-        ("bf16", "int8"), help="formats to try our own runtime in: fp32, bf16, fp16, int8, int4; empty for none"
+        ("bf16", "int8"), help="formats to try our own runtime in: fp32, bf16, fp16, int8, int4, mixed; empty for none"
     )
     draft: tuple[str, ...] = setting(
         (), help="time our own runtime with drafts too: self, low_dial, prompt_lookup (default: none)"

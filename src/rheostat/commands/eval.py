@@ -66,6 +66,8 @@ class Config(Common):
     chat_template: bool = setting(False, help="ask in the model's chat template")
     task_baselines: bool = setting(False, help="score the baselines on tasks too (about three times the work)")
     run_code: bool = setting(False, help="allow tasks that run programs which the model writes")
+    hold: bool = setting(False, help="steer each window by what it has spent (causally), to end at what was asked")
+    hold_tasks: bool = setting(True, help="steer each request of a task by what it has spent, likewise")
     passage: int = setting(96, help="tokens of each text that the report quotes with their price (0: no text in it)")
     out: str | None = setting(None, help="folder for the report: report.json, .md, .html, pictures (default: none)")
 
@@ -176,6 +178,7 @@ def _measure_tasks(
         run_code=config.run_code,
         baselines=config.task_baselines,
         chat_template=config.chat_template,
+        hold=config.hold_tasks,
         ranks=ranks,
         progress=_silent if ranks.index else progress,
     )
@@ -203,7 +206,7 @@ def _measure(
 
     adapted = loaded.adapted
     meters: dict[str, Profile] = {}
-    runs = [Run(label=f"dial {compute:g}", compute=compute) for compute in dials]
+    runs = [Run(label=f"dial {compute:g}", compute=compute, hold=config.hold) for compute in dials]
     found = evaluate(adapted, windows, runs, meters=meters, progress=partial(progress, "dials"))
     rows = [_row(found[0], "dense")]
     rivals: dict[str, tuple[str, float, Run]] = {}

@@ -48,12 +48,19 @@ class Config(Common):
     top_k: int = setting(0, help="draw among the k most likely tokens; 0 is no limit")
     top_p: float = setting(1.0, help="draw among the most likely tokens that together reach this probability")
     runtime: str = setting("auto", help="auto: our own where it can; native: insist on it; stock: transformers")
-    weights: str = setting("auto", help="our runtime's weights: fp32, bf16, fp16, int8, int4; auto: as --dtype")
+    weights: str = setting("auto", help="our runtime's weights: fp32, bf16, fp16, int8, int4, mixed; auto: as --dtype")
+    hold: bool | None = setting(
+        None, help="steer each answer by what it has spent, to end at what was asked (default: where nothing drafts)"
+    )
     draft: str | None = setting(
         None,
         help="guess tokens and check them together: self, low_dial, prompt_lookup, streaming_llm, snapkv, or a model",
     )
-    draft_length: str = setting("4", help="tokens to guess at a time, at most; auto takes what pays by measured times")
+    draft_length: str | None = setting(
+        None,
+        help="tokens to guess at a time, at most; auto takes what pays by measured times, none where nothing does "
+        "(default: auto, and 4 with a temperature, so that a seed repeats the text)",
+    )
     draft_compute: float | None = setting(None, help="compute of the low_dial draft (default: the least)")
     draft_risk: float = setting(1.0, help="stop guessing when the risk of a wrong guess exceeds this")
     chat: bool | None = setting(None, help="put the prompt into the chat template (default: if there is one)")
@@ -73,6 +80,8 @@ def run(config: Config) -> dict[str, Any]:
         raise bad_setting("max_new_tokens", config.max_new_tokens, "1 or more")
     if not config.compute:
         raise bad_setting("compute", config.compute, "at least one number")
+    if config.hold and config.draft is not None:
+        raise bad_setting("hold", config.hold, "left out with --draft: drafts are checked several tokens at a time")
     loaded = _load(config)
     phases = [_by_phase(config, compute) for compute in config.compute]
     check_computes(loaded.adapted, [value for one in phases for value in one.values()])
@@ -135,7 +144,7 @@ def _answer(
 
     generator = torch.Generator(input_ids.device).manual_seed(config.seed)
     fractions, seconds = [], []
-    with spend(compute, keep_passes=False) as meter:
+    with spend(compute, keep_passes=False, hold=drafting is None if config.hold is None else config.hold) as meter:
         steps = _steps(config, loaded, input_ids, sampling, generator, drafting)
         while True:
             started = time.perf_counter()  # ours, because the stream's clock goes on while we write
@@ -168,10 +177,11 @@ def _drafting(config: Config, loaded: Loaded) -> tuple[Drafter, int | str] | Non
     """
     if config.draft is None:
         return None
-    from rheostat.speculate.generating import DRAFTERS, make_drafter
-    from rheostat.speculate.pacing import Pace
+    from rheostat.speculate.generating import DRAFT_LENGTH, DRAFTERS, make_drafter
+    from rheostat.speculate.pacing import AUTO, Pace
 
-    length = int(config.draft_length) if config.draft_length.lstrip("-").isdigit() else config.draft_length
+    given = config.draft_length or (AUTO if config.temperature == 0 else str(DRAFT_LENGTH))
+    length = int(given) if given.lstrip("-").isdigit() else given
     Pace.of(length)
     if config.draft not in DRAFTERS:
         if not _is_model(config.draft):

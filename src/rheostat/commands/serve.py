@@ -45,7 +45,7 @@ class Config(Common):
     compute_min: float | None = setting(None, help="how far it may be lowered where a request does not say")
     report: str = setting("", help="report of eval to show on the page (default: MODEL/report/report.json)")
     runtime: str = setting("auto", help="auto: our own where it can; native: insist on it; stock: transformers")
-    weights: str = setting("auto", help="our runtime's weights: fp32, bf16, fp16, int8, int4; auto: as --dtype")
+    weights: str = setting("auto", help="our runtime's weights: fp32, bf16, fp16, int8, int4, mixed; auto: as --dtype")
     rows: int = setting(8, help="answers written at once")
     queue: int = setting(64, help="requests that may wait; more are sent away with 429")
     queue_seconds: float = setting(float("inf"), help="longest wait in the queue; then a request is sent away with 429")

@@ -115,6 +115,7 @@ def evaluate_tasks(
     baselines: bool = False,
     chat_template: bool = False,
     ranks: Ranks | None = None,
+    hold: bool = True,
     progress: Progress = no_progress,
 ) -> list[TaskRun]:
     """Score tasks at each `compute`; the dense model comes first in each task's runs, asked for or not.
@@ -130,6 +131,7 @@ def evaluate_tasks(
         baselines: also score what the method has to beat (`Method.baselines`), at the mean compute that each setting
             of the dial really spent on the same requests.
         chat_template: put each request into the tokenizer's chat template.
+        hold: steer each request by what it has spent, so that it ends at what was asked.
         ranks: the processes of `accelerate launch` (`rheostat.processes.join()`); each gets all results.
 
     Raises:
@@ -152,6 +154,7 @@ def evaluate_tasks(
             max_length=max_length,
             seed=seed,
             ranks=ranks,
+            hold=hold,
         )
         runs: list[TaskRun] = []
         for name, task in found.items():

@@ -79,6 +79,7 @@ class DialLM(TemplateLM):
         seed: int = 0,
         ranks: Ranks | None = None,
         progress: Callable[[int, int], None] | None = None,
+        hold: bool = True,
     ) -> None:
         """Wrap an adapted model.
 
@@ -88,6 +89,7 @@ class DialLM(TemplateLM):
             seed: for tasks that draw their answers.
             ranks: processes to share the batches with; all make the same requests and get all results.
             progress: called with (batches done, batches in all).
+            hold: steer each request by what it has spent, so that it ends at what was asked.
 
         Raises:
             SettingError: a setting is out of range, or the tokenizer is missing or has no end token.
@@ -106,7 +108,7 @@ class DialLM(TemplateLM):
             raise bad_setting("max_length", max_length, f"between 2 and {most}, the tokens this model reads")
         self.adapted, self.tokenizer = adapted, tokenizer
         self.batch_tokens, self.max_length, self.seed = batch_tokens, max_length or most, seed
-        self.ranks = ranks or Ranks()
+        self.ranks, self.hold = ranks or Ranks(), hold
         self.progress = progress or (lambda done, total: None)
         self.account = Account(1.0)
         pad = tokenizer.pad_token_id
@@ -310,7 +312,8 @@ class DialLM(TemplateLM):
         mine = self.ranks.share(batches)
         for count, batch in enumerate(mine):
             self.progress(count, len(mine))
-            with spend(self.account.compute, meter=self.account.meter, override=self.account.override):
+            account = self.account
+            with spend(account.compute, meter=account.meter, override=account.override, hold=self.hold):
                 done |= work(batch)
         self.progress(len(mine), len(mine))
         return {number: one for part in self.ranks.gather(done) for number, one in part.items()}

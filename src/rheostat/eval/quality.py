@@ -30,6 +30,8 @@ class Run:
     compute: float = 1.0
     override: Callable[[int, torch.Tensor], torch.Tensor] | None = None
     native: dict[str, float] | None = None
+    hold: bool = False
+    """Steer each window by what it has spent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,7 @@ def _score(adapted: Adapted, batch: torch.Tensor, run: Run, tally: _Tally, best:
     """Add one batch to a tally. Returns the dense model's most likely tokens [B, T-1] (this run's, for the
     first run)."""
     started = time.perf_counter()
-    with spend(run.compute, meter=tally.meter, native=run.native, override=run.override):
+    with spend(run.compute, meter=tally.meter, native=run.native, override=run.override, hold=run.hold):
         if adapted.method.at("prefill").reads_prompts:  # what it does shows after a prompt only
             logits, flat = read_and_answer(adapted, batch)
             targets = flat.view(len(batch), -1)

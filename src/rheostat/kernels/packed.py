@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from rheostat.errors import bad_setting
+from rheostat.kernels.build import library
 from rheostat.kernels.memory import aligned_bytes
 
 LANES, CELL = 16, 64
@@ -157,6 +158,8 @@ def pack(weight: torch.Tensor, format: str, group: int = 32) -> PackedMatrix:
     panel_bytes = cells * cell_bytes(format, group)
     data = aligned_bytes(panels * panel_bytes).view(panels, panel_bytes)
     scales = torch.zeros(panels * LANES) if format == "int8" else None
+    if format == "bf16" and _pack_natively(weight, data):
+        return PackedMatrix((num_rows, num_cols), format, group, data, scales)
     for start in range(0, num_rows, CHUNK):
         rows = weight[start : start + CHUNK].detach().cpu()
         padded = rows.contiguous()
@@ -212,6 +215,25 @@ def _pack_floats(weight: torch.Tensor, format: str, out: torch.Tensor) -> None:
     else:
         lanes = _to_lanes(values, 1)
         out.view(FLOATS[format]).view(lanes.shape).copy_(lanes)
+
+
+def _pack_natively(weight: torch.Tensor, out: torch.Tensor) -> bool:
+    """Pack as bfloat16 with all threads: a prompt waits for it. Returns False where that cannot be done, or where it
+    would have to be refused."""
+    known = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu" and weight.stride(1) == 1
+    code = library() if known and weight.numel() else None
+    if code is None:
+        return False
+    is_finite = code.rheostat_pack_bfloat(
+        ctypes.c_void_p(weight.data_ptr()),
+        ctypes.c_int64(weight.stride(0)),
+        int(weight.dtype == torch.bfloat16),
+        *weight.shape,
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_int64(out.stride(0)),
+        torch.get_num_threads(),
+    )
+    return bool(is_finite)
 
 
 def _pack_int8(weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from rheostat.errors import bad_setting
 from rheostat.kernels import structs
+from rheostat.kernels.embedding import can_look_up, look_up
 from rheostat.kernels.layers import describe_layer
 from rheostat.kernels.packed import CMatrix
 
@@ -94,6 +95,21 @@ class NativeReader:
             ctypes.byref(call.decoder), ctypes.byref(call.reading), torch.get_num_threads()
         )
         return call.chosen()
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The residual stream [N, D] float32 that enters the first layer.
+
+        Raises:
+            SettingError: ids [N] that the embedding does not have.
+        """
+        table = self._weights.embedding
+        if not isinstance(table, torch.Tensor) or not can_look_up(table):
+            found = table.rows(token_ids) if not isinstance(table, torch.Tensor) else table[token_ids].float()
+            return found
+        ids = token_ids.long().contiguous()
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(table):
+            raise bad_setting("token_ids", [int(ids.min()), int(ids.max())], f"from 0 to {len(table) - 1}")
+        return look_up(self.library, table, ids, torch.empty(len(ids), table.shape[1]))
 
     @property
     def sizes(self) -> tuple[int, int, int]:

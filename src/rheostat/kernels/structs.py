@@ -149,6 +149,18 @@ class CStep(ctypes.Structure):
     )
 
 
+class CDraft(ctypes.Structure):
+    """`Draft` of native/draft.h."""
+
+    _fields_ = (
+        ("table", _pointer),
+        ("table_stride", _long),
+        ("table_format", _int),
+        ("num_tokens", _int),
+        ("token_ids", _pointer),
+    )
+
+
 class CReading(ctypes.Structure):
     """`Reading` of native/reader.h."""
 

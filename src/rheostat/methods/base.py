@@ -78,6 +78,8 @@ class Method:
     will do for our own runtime."""
     reads_prompts: ClassVar[bool] = False
     """`prefill` does more than run the model on the prompt; the host's `generate` then reads prompts through it."""
+    holds: ClassVar[bool] = False
+    """The layers ask `Pass.held` for their setting and tell it what each token saved, where there is one."""
     before: ClassVar[Mapping[str, Any]] = {}
     """What settings amounted to before there were any such: artifacts written then do not name them."""
 

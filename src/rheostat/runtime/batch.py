@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from rheostat.holding import Account
 from rheostat.meter import Meter
 from rheostat.runtime import plain
 from rheostat.runtime.ahead import Pieces, read_ahead
@@ -15,7 +17,7 @@ from rheostat.runtime.building import Unsupported
 from rheostat.runtime.cache import KVCache
 from rheostat.runtime.engine import Runtime, Settings
 from rheostat.runtime.planes import PlaneCache
-from rheostat.runtime.prefill import Prompt, prefill, set_lengths
+from rheostat.runtime.prefill import Prompt, prefill, prefill_held, set_lengths
 from rheostat.spending import current_spending
 
 AHEAD = 512
@@ -33,6 +35,7 @@ class Batch:
         """[B, V] float32, for the next token."""
         self._tally = Tally()
         self._room = torch.empty(0, 0)
+        self._account: Account | None = None
         self._open: tuple[Meter, torch.Tensor, list[torch.Tensor | None]] | None = None
 
     @classmethod
@@ -44,16 +47,19 @@ class Batch:
         settings: Settings,
         *,
         num_new: int = 0,
+        account: Account | None = None,
     ) -> Batch:
         """Read prompts [B, T]; padding, where the mask is 0, is left out. Bills the enclosing `spend`.
 
         Args:
             num_new: tokens that will be written, to have room for.
+            account: holds the rows to what the enclosing `spend` asks for, here and in each step.
         """
         prompt = Prompt.of(input_ids, attention_mask)
         cache = runtime.new_cache(len(input_ids), max(prompt.lengths) + min(num_new, AHEAD))
         logits = torch.empty(len(input_ids), runtime.weights.vocab_size)
         batch = cls(runtime, cache, torch.tensor(prompt.lengths), logits)
+        batch._account = account
         for depth, rows in runtime.depths(settings, len(input_ids)).items():
             mask = prompt.valid[rows]
             one = prompt if len(rows) == len(input_ids) else Prompt.of(input_ids[rows], mask, rows=rows)
@@ -67,7 +73,13 @@ class Batch:
         runtime, spending = self.runtime, current_spending()
         ahead = runtime.ahead
         if ahead is None or depth is None or prompt.valid.shape[1] <= ahead.num_exact:
-            hidden, experts = prefill(runtime.prefill_weights, prompt, self.cache, setting, runtime.rope)
+            if self._account is not None and spending is not None:
+                asked = np.array(spending.rows("prefill", len(prompt.lengths)))
+                hidden, experts = prefill_held(
+                    runtime.prefill_weights, prompt, self.cache, self._account, asked, runtime.rope
+                )
+            else:
+                hidden, experts = prefill(runtime.prefill_weights, prompt, self.cache, setting, runtime.rope)
             if spending is not None:
                 runtime.biller.prefill(spending.meter, self._tally, prompt.valid, prompt.lengths, experts)
             return plain.product(runtime.prefill_weights.head, hidden).float()
@@ -112,6 +124,7 @@ class Batch:
 
     def step(self, token_ids: torch.Tensor, settings: torch.Tensor | None) -> torch.Tensor:
         """Read the newest token [B] of each row at the native settings [B]; returns the next one's logits [B, V].
+        Rows that are held have settings of their own.
 
         What it cost is billed by `settle`, at the latest.
         """
@@ -122,7 +135,13 @@ class Batch:
             self._open = (meter, self.positions.clone(), [])
         if self._open is not None and self.cache.body is not None:
             self._bill_body(spending.meter if spending is not None else None)
+        held = None
+        if self._account is not None and spending is not None:
+            held = self._account.step(np.array(spending.rows("decode", len(token_ids))))
+            settings = torch.from_numpy(held.values).float()
         self.logits, experts = self.runtime.step(token_ids, self.positions, self.cache, settings)
+        if held is not None and experts is not None:
+            held.close(self.runtime.saved(experts))
         self.cache.settle()
         self.positions += 1
         if self._open is not None and meter is not None:
@@ -146,12 +165,45 @@ class Batch:
             firsts = (self.positions - (number.cumsum(0) - number)).repeat_interleave(number)
             given = None if settings is None else settings.repeat_interleave(number)
             positions = firsts + torch.arange(len(token_ids))
-        if len(self._room) < len(token_ids):  # kept: fresh memory of this size costs milliseconds on some machines
-            self._room = torch.empty(len(token_ids), self.runtime.weights.vocab_size)
-        out = self._room[: len(token_ids)]
+        out = self._logits_of(len(token_ids))
         logits, experts = self.runtime.step(token_ids, positions, self.cache, given, asked, is_draft=is_draft, out=out)
         self.positions += number
         return logits, experts
+
+    def write(
+        self,
+        token_ids: torch.Tensor,
+        active: torch.Tensor,
+        settings: torch.Tensor | None,
+        number: int,
+        *,
+        is_draft: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Read the newest tokens [N] of the rows that are `active` [B] and write `number` more, greedily, of which the
+        last is not read. Bills nothing, as `check` does.
+
+        Returns:
+            The tokens [n, N], and the experts [n, L, N] that were taken, if any were chosen.
+        """
+        counts, given = active.long(), None if settings is None else settings[active]
+        found = self.runtime.write(
+            token_ids,
+            self.positions[active],
+            self.cache,
+            given,
+            counts.tolist(),
+            number,
+            is_draft=is_draft,
+            out=self._logits_of(len(token_ids)),
+        )
+        self.positions += counts * number
+        return found
+
+    def _logits_of(self, number: int) -> torch.Tensor:
+        """Memory for logits [N, V], kept: fresh memory of this size costs milliseconds on some machines."""
+        if len(self._room) < number:
+            self._room = torch.empty(number, self.runtime.weights.vocab_size)
+        return self._room[:number]
 
     def take_back(self, numbers: torch.Tensor) -> None:
         """Forget the newest tokens of each row, [B] of them."""

@@ -33,6 +33,8 @@ class KVCache:
     """[B] int32: each row's first slot that is not padding."""
     body: Any = None
     """What comes before the slots, where it is kept in fewer bits."""
+    plans: dict[Any, Any]
+    """What each native decoder worked out about this memory, kept for its next step."""
 
     def __init__(
         self,
@@ -51,6 +53,7 @@ class KVCache:
         self.keys, self.values = zeros(shape, dtype), zeros(shape, dtype)
         self.lengths = torch.zeros(num_rows, dtype=torch.int32)
         self.starts = torch.zeros(num_rows, dtype=torch.int32)
+        self.plans = {}
 
     @property
     def num_rows(self) -> int:
@@ -107,7 +110,7 @@ class KVCache:
         """The layers from `layer` on, on the same memory as long as it need not grow; lengths are shared."""
         view = object.__new__(KVCache)
         view.keys, view.values = self.keys[layer:], self.values[layer:]
-        view.lengths, view.starts = self.lengths, self.starts
+        view.lengths, view.starts, view.plans = self.lengths, self.starts, {}
         return view
 
     def truncate(self, lengths: torch.Tensor | int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from rheostat.caches.counting import saved_bytes
@@ -16,7 +17,7 @@ from rheostat.runtime.cache import KVCache
 from rheostat.runtime.forms import Forms
 from rheostat.runtime.plain import rms_norm
 from rheostat.runtime.planes import check_planes
-from rheostat.runtime.prefill import Prompt, run_layers, set_lengths
+from rheostat.runtime.prefill import Prompt, run_layers, saved_weights, set_lengths
 from rheostat.runtime.rope import RopeTable
 from rheostat.runtime.weights import CacheForm, DecoderWeights, DraftForm, PredictedLayers, ReadAhead
 
@@ -66,6 +67,7 @@ class Runtime:
         self.rope = RopeTable(self.weights.inv_freq, self.weights.rope_scale)
         self.biller = Biller(self.weights, Geometry.from_config(model.config), self.itemsize)
         self.cache_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(format, torch.float16)
+        self._saved: np.ndarray | None = None
         self.forms = Forms(self.weights, format, draft_form, ahead)
 
     def fits(self, model: Any) -> bool:
@@ -110,6 +112,22 @@ class Runtime:
         [N, V] may take the logits."""
         form = self.forms.draft() if is_draft else self.forms.decode()
         return form.step(token_ids, positions, cache, settings, self.rope, out=out, counts=counts)
+
+    def write(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KVCache,
+        settings: torch.Tensor | None,
+        counts: Sequence[int],
+        number: int,
+        *,
+        is_draft: bool = False,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Several greedy steps in a row: see `StepForm.write`."""
+        form = self.forms.draft() if is_draft else self.forms.decode()
+        return form.write(token_ids, positions, cache, settings, self.rope, number, out=out, counts=counts)
 
     def finish(
         self, depth: int, h: torch.Tensor, prompt: Prompt, cache: KVCache, setting: torch.Tensor | None
@@ -180,6 +198,16 @@ class Runtime:
         sizes = (body.group_size, body.value_group_size)
         rows = (saved_bytes(n, heads, width, sizes, bits, self.itemsize) for n in body.lengths.tolist())
         return layers * sum(rows)
+
+    def saved(self, experts: torch.Tensor) -> np.ndarray:
+        """[B] int64, the weights that tokens left out with the experts [L, B]."""
+        if self._saved is None:
+            ffns = [layer.ffn for layer in self.weights.layers if layer.ffn.router is not None]
+            most = max(len(ffn.sizes) for ffn in ffns)
+            rows = [np.pad(saved_weights(ffn), (0, most - len(ffn.sizes))) for ffn in ffns]
+            self._saved = np.stack(rows)  # [R, E]
+        chosen = experts.numpy()[self.biller.routed]
+        return np.take_along_axis(self._saved, chosen, 1).sum(0)
 
     def setting(self, settings: Settings) -> torch.Tensor | None:
         """What the routers obey, [B] float32; None where all run dense."""

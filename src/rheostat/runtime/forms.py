@@ -17,6 +17,7 @@ from rheostat.runtime import packing, plain
 from rheostat.runtime.cache import KVCache
 from rheostat.runtime.rope import RopeTable
 from rheostat.runtime.weights import DecoderWeights, DraftForm, PredictedLayers, ReadAhead
+from rheostat.sampling import most_likely
 
 
 class StepForm(NamedTuple):
@@ -48,6 +49,35 @@ class StepForm(NamedTuple):
         if self.native is None:
             return plain.step(self.weights, token_ids, positions, cache, settings, rope, counts, hidden)
         return self.native(token_ids, positions, cache, settings, rope, out, counts, hidden)
+
+    def write(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KVCache,
+        settings: torch.Tensor | None,
+        rope: RopeTable,
+        number: int,
+        *,
+        out: torch.Tensor | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`number` steps in a row, each after the first on the most likely tokens of the one before.
+
+        Returns:
+            Those tokens [n, N], and the experts [n, L, N] as for `plain.step`.
+        """
+        if self.native is not None and self.native.can_draft:
+            drafted = torch.empty(number, len(token_ids), dtype=torch.int64)
+            experts = self.native(token_ids, positions, cache, settings, rope, out, counts, drafted=drafted)[1]
+            return drafted, experts
+        found, chosen = [], []
+        for i in range(number):
+            logits, experts = self.step(token_ids, positions + i, cache, settings, rope, out=out, counts=counts)
+            token_ids = most_likely(logits)
+            found.append(token_ids)
+            chosen += [] if experts is None else [experts]
+        return torch.stack(found), torch.stack(chosen) if chosen else None
 
 
 class Forms:

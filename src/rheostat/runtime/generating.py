@@ -14,6 +14,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.generation import GenerationMode, StoppingCriteriaList, StopStringCriteria
 
+from rheostat.holding import Account
 from rheostat.runtime.batch import Batch
 from rheostat.runtime.building import Unsupported
 from rheostat.runtime.engine import Runtime, Settings
@@ -22,6 +23,9 @@ from rheostat.spending import current_spending
 
 SettingsOf = Callable[[str, int], Settings]
 """(phase, rows) -> the native settings that the enclosing `spend` asks for."""
+
+NewAccount = Callable[[int], Account | None]
+"""For a number of rows: what holds them to what they asked for, if anything does."""
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
@@ -40,7 +44,14 @@ PREPARED = frozenset({"attention_mask", "position_ids", "past_key_values", "use_
 """What `transformers` prepares for the model."""
 
 
-def generate(model: Any, runtime: Runtime, settings: SettingsOf, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def generate(
+    model: Any,
+    runtime: Runtime,
+    settings: SettingsOf,
+    account: NewAccount,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     """What `model.generate(*args, **kwargs)` returns.
 
     Raises:
@@ -52,7 +63,7 @@ def generate(model: Any, runtime: Runtime, settings: SettingsOf, args: tuple[Any
     if len(args) > 6:  # inputs, config, processors, criteria, prefix function, synced_gpus; then it is rare
         raise Unsupported("generate's positional arguments")
     kwargs = _with_stop_strings(model, dict(kwargs))
-    loop = _Loop(runtime, settings, kwargs.pop("streamer", None))
+    loop = _Loop(runtime, settings, account, kwargs.pop("streamer", None))
     return model.generate(*args, custom_generate=loop, **kwargs)
 
 
@@ -75,8 +86,8 @@ def _with_stop_strings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 class _Loop:
     """The decoding method that `transformers` calls."""
 
-    def __init__(self, runtime: Runtime, settings: SettingsOf, streamer: Any) -> None:
-        self.runtime, self.settings, self.streamer = runtime, settings, streamer
+    def __init__(self, runtime: Runtime, settings: SettingsOf, account: NewAccount, streamer: Any) -> None:
+        self.runtime, self.settings, self.account, self.streamer = runtime, settings, account, streamer
 
     def __call__(
         self,
@@ -101,6 +112,7 @@ class _Loop:
             model_kwargs.get("attention_mask"),
             self.settings("prefill", num_rows),
             num_new=generation_config.max_length - num_tokens,
+            account=self.account(num_rows),
         )
         setting = self.runtime.setting(self.settings("decode", num_rows))
         try:

@@ -23,7 +23,13 @@ AUTO = "auto"
 GROUP = 32
 """Inputs that share a scale in int4."""
 
-WEIGHTS = (AUTO, *FORMATS)
+MIXED = "mixed"
+"""4 bits for matrices that lose no more by it than by 8, as those of a file in 4 bits do; 8 bits for the others."""
+
+JUDGED = 64
+"""Rows of each matrix by which `mixed` judges."""
+
+WEIGHTS = (AUTO, *FORMATS, MIXED)
 """What `weights` may be; `auto` is the format of the model's own dtype."""
 
 OF_DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -54,16 +60,29 @@ def decode_form(weights: DecoderWeights, format: str, *, is_packed: bool = True)
         Unsupported: the weights cannot be held in this format.
     """
 
-    def convert(matrix: Matrix) -> Matrix:
-        packed = pack(matrix, format, GROUP)
-        return packed if is_packed else packed.unpack()
+    def convert(*together: Matrix, edges: tuple[int, ...] = ()) -> tuple[Matrix, ...]:
+        one = mixed_format(*together, edges=edges) if format == MIXED else format
+        packed = tuple(pack(matrix, one, GROUP) for matrix in together)
+        return packed if is_packed else tuple(matrix.unpack() for matrix in packed)
 
     try:
-        layers = tuple(_mapped_layer(layer, convert) for layer in weights.layers)
-        found = replace(weights, layers=layers, head=convert(weights.head))
+        layers = tuple(_converted_layer(layer, convert) for layer in weights.layers)
+        found = replace(weights, layers=layers, head=convert(weights.head)[0])
     except SettingError as error:
         raise Unsupported(f"{format} for these weights ({error})") from None
     return found
+
+
+def mixed_format(*together: Matrix, edges: tuple[int, ...] = ()) -> str:
+    """The format that `mixed` gives to matrices that native code wants alike: `int4` where none loses more by it than
+    by `int8`, and no group would straddle one of `edges`."""
+    judged = [one[:: max(1, one.shape[0] // JUDGED)] for one in together if isinstance(one, torch.Tensor)]
+    fits = all(edge % GROUP == 0 for edge in edges) and all(_loss(one, "int4") <= _loss(one, "int8") for one in judged)
+    return "int4" if fits else "int8"
+
+
+def _loss(weight: torch.Tensor, format: str) -> float:
+    return float((pack(weight, format, GROUP).unpack() - weight.float()).square().sum())
 
 
 def draft_form(
@@ -166,6 +185,14 @@ def own_bytes(weights: DecoderWeights, *others: DecoderWeights) -> int:
 
 def _place(matrix: Matrix) -> int:
     return int((matrix if isinstance(matrix, torch.Tensor) else matrix.data).data_ptr())
+
+
+def _converted_layer(layer: LayerWeights, convert: Callable[..., tuple[Matrix, ...]]) -> LayerWeights:
+    q, k, v = convert(layer.q, layer.k, layer.v)
+    gate, up = convert(layer.ffn.gate, layer.ffn.up)
+    edges = layer.ffn.sizes[:-1] if len(layer.ffn.downs) == 1 else ()  # others have a matrix of their own
+    ffn: FFNWeights = replace(layer.ffn, gate=gate, up=up, downs=convert(*layer.ffn.downs, edges=edges))
+    return replace(layer, q=q, k=k, v=v, o=convert(layer.o)[0], ffn=ffn)
 
 
 def _mapped_layer(layer: LayerWeights, convert: Callable[[Matrix], Matrix]) -> LayerWeights:

@@ -12,6 +12,7 @@ import torch
 from rheostat.caches import planes
 from rheostat.caches.counting import body_length
 from rheostat.errors import SettingError, bad_setting
+from rheostat.kernels.memory import zeros
 from rheostat.runtime.building import Unsupported
 from rheostat.runtime.cache import KVCache
 from rheostat.runtime.weights import CacheForm, DecoderWeights
@@ -21,6 +22,11 @@ LANES = 16
 
 SPARE = 16
 """Slots of the buffer beyond 2G, for drafted tokens; it grows when a draft is longer."""
+
+
+AT_ONCE = 1 << 18
+"""Numbers that are quantised together at most: what is between is several times as large, and a flush of one group has
+few numbers in many layers, so that one layer at a time it would be calls of torch and nothing else."""
 
 
 class PlaneBody:
@@ -43,7 +49,7 @@ class PlaneBody:
         tokens, width = _padded(group_size), _padded(shape[3])
         parts = shape[3] // value_group_size
         self.upper, self.lower, self.scales = (
-            torch.zeros(*shape[:3], groups, size, dtype=kind)
+            zeros((*shape[:3], groups, size), kind)
             for size, kind in (
                 (tokens * width, torch.uint8),
                 (tokens * width, torch.uint8),
@@ -75,10 +81,13 @@ class PlaneBody:
         start, more = int(self.groups[row]), keys.shape[2] // self.group_size
         if start + more > self.upper.shape[3]:
             self._grow(max(start + more, 2 * self.upper.shape[3]))
-        for layer in range(len(keys)):  # one at a time: what is between is large
-            for group, block in enumerate(self._blocks(keys[layer], values[layer])):
-                target = (self.upper, self.lower, self.scales)[group]
-                target[layer, row, :, start : start + more] = block
+        layers, heads, num, dim = keys.shape
+        several = max(1, AT_ONCE // (heads * num * dim))
+        for first in range(0, layers, several):
+            here = slice(first, first + several)
+            parts = (one[here].flatten(0, 1) for one in (keys, values))  # [l K, n, d]
+            for target, block in zip((self.upper, self.lower, self.scales), self._blocks(*parts), strict=True):
+                target[here, row, :, start : start + more] = block.unflatten(0, (-1, heads))
         self.groups[row] += more
 
     def select(self, rows: list[int]) -> None:
@@ -110,7 +119,7 @@ class PlaneBody:
     # -- layout
 
     def _blocks(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Upper bytes, lower bytes, scales [K, n / G, ...] of one layer's keys and values [K, n, d]."""
+        """Upper bytes, lower bytes, scales [K, n / G, ...] of keys and values [K, n, d] of some layers' heads."""
         size, dim = self.group_size, keys.shape[2]
         num, tokens, width = keys.shape[1] // size, _padded(size), _padded(dim)
         key = planes.quantise(keys.to(self.dtype), -2, size)
@@ -141,7 +150,7 @@ class PlaneBody:
     def _grow(self, groups: int) -> None:
         for name in ("upper", "lower", "scales"):
             old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:3], groups, old.shape[4])
+            new = zeros((*old.shape[:3], groups, old.shape[4]), old.dtype)
             new[:, :, :, : old.shape[3]] = old
             setattr(self, name, new)
 

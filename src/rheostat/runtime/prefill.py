@@ -10,9 +10,11 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
+from rheostat.holding import Account
 from rheostat.runtime.cache import KVCache
 from rheostat.runtime.plain import activate, choose, dense, rms_norm
 from rheostat.runtime.rope import RopeTable, rotate
@@ -104,8 +106,36 @@ def prefill(
     return rms_norm(h[prompt.lasts], weights.final_norm, weights.eps), experts
 
 
+def prefill_held(
+    weights: DecoderWeights, prompt: Prompt, cache: KVCache, account: Account, asked: np.ndarray, rope: RopeTable
+) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+    """The same for prompts that are held to what they asked for, [B]: their settings change every few layers."""
+    h = embed(weights, prompt)
+    lengths = np.array(prompt.lengths, dtype=np.float64)[:, None]
+    reading = account.read(asked, lengths, np.ones_like(lengths))
+    experts: list[torch.Tensor] = []
+    for layers in account.table.groups:
+        settings = torch.from_numpy(reading.setting(layers.start)[:, 0]).float()
+        found = run_layers(weights, layers, h, prompt, cache, settings, rope)
+        for layer, chosen in zip(layers, found or (), strict=False):
+            saved = saved_weights(weights.layers[layer].ffn)[chosen.numpy()]
+            reading.took(layer, np.add.reduceat(saved, np.cumsum([0, *prompt.lengths[:-1]]))[:, None])
+        experts += found or ()
+    set_lengths(cache, prompt)
+    return rms_norm(h[prompt.lasts], weights.final_norm, weights.eps), experts or None
+
+
+def saved_weights(ffn: FFNWeights) -> np.ndarray:
+    """[E] int64, the weights that a token leaves out with each expert, less those of the router."""
+    assert ffn.router is not None
+    return 3 * ffn.router.hidden_size * (ffn.sizes[-1] - np.array(ffn.sizes)) - ffn.router.num_weights
+
+
 def embed(weights: DecoderWeights, prompt: Prompt) -> torch.Tensor:
     """The residual stream [N, D] float32 that enters the first layer."""
+    if weights.reader is not None:
+        found: torch.Tensor = weights.reader.embed(prompt.token_ids)
+        return found
     return dense(weights.embedding)[prompt.token_ids].float()
 
 

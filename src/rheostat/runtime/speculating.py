@@ -148,3 +148,17 @@ class NativeStep:
         if len(found) == len(token_ids):
             return found
         return found.new_zeros(len(token_ids), found.shape[1]).index_put((self.active,), found)
+
+    def write(self, token_ids: torch.Tensor, number: int) -> torch.Tensor:
+        """Token ids [B] -> the `number` most likely ones after them [B, n], one by one; zeros for rows that have
+        ended. One call of native code."""
+        host = self.host
+        found, experts = host.batch.write(
+            token_ids[self.active], self.active, self._setting, number, is_draft=host._is_cheap
+        )
+        self.num_read += number
+        if experts is not None:
+            self.experts += experts
+        out = found.new_zeros(len(token_ids), number)
+        out[self.active] = found.T
+        return out

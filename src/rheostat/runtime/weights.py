@@ -65,7 +65,12 @@ class RouterWeights:
     @property
     def num_weights(self) -> int:
         """Weights multiplied for one token."""
-        return self.inner.numel() + self.outer.numel()
+        return math.prod(self.inner.shape) + math.prod(self.outer.shape)
+
+    @property
+    def hidden_size(self) -> int:
+        """D, what it reads."""
+        return int(self.inner.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)

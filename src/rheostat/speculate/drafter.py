@@ -27,6 +27,9 @@ class Step(Protocol):
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Token ids [B] -> logits [B, V]."""
 
+    def write(self, token_ids: torch.Tensor, number: int) -> torch.Tensor:
+        """Token ids [B] -> the `number` most likely ones after them [B, n], of which the last is not read."""
+
 
 class Host(ABC):
     """The model and its cache, as one generation uses them: on `transformers`, or on our own runtime."""

@@ -9,7 +9,7 @@ import torch
 
 from rheostat.errors import bad_setting
 from rheostat.sampling import most_likely, probabilities
-from rheostat.speculate.drafter import Draft, Drafter, State, Stopping, no_draft
+from rheostat.speculate.drafter import Draft, Drafter, State, Step, Stopping, no_draft
 from rheostat.spending import current_spending, spend
 
 
@@ -63,6 +63,12 @@ def draft_token_by_token(
     return Draft(torch.stack(token_ids, 1), lengths, torch.stack(laws, 1) if laws else None)
 
 
+def draft_at_once(state: State, limits: torch.Tensor, step: Step) -> Draft:
+    """The most likely tokens one after another, until every row reached its limit."""
+    most = int(limits.max())
+    return Draft(step.write(state.token_ids[:, -1], most), limits) if most else no_draft(state)
+
+
 class SelfDrafter(Drafter):
     """The model drafts for itself, on its own cache, under a cheaper reading; then it forgets what it drafted."""
 
@@ -81,7 +87,10 @@ class SelfDrafter(Drafter):
             stack.enter_context(charging_draft())
             stack.enter_context(self.reading(state))
             step = state.host.stepper(state)
-            draft = draft_token_by_token(state, limits, self.stopping, step)
+            if state.is_greedy and self.stopping.risk == 1:  # nothing is looked at between two tokens
+                draft = draft_at_once(state, limits, step)
+            else:
+                draft = draft_token_by_token(state, limits, self.stopping, step)
             state.host.forget(step.num_read)
         return draft
 

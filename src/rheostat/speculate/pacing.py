@@ -25,11 +25,15 @@ AUTO_LONGEST = 6
 KEPT = 7
 """Newest times of each kind whose median counts: a hiccup of the machine does not."""
 
-OPENING = (AUTO_LONGEST, 0, AUTO_LONGEST, 0, AUTO_LONGEST // 2, AUTO_LONGEST)
-"""Lengths of the first rounds, to have measured something."""
+OPENING = (AUTO_LONGEST // 2, 0, AUTO_LONGEST, 0)
+"""Lengths of the first rounds, to have measured something: few, for where nothing pays they are lost."""
 
 PROBE_EVERY = 24
-"""Rounds between two that look again at what was left out."""
+"""Rounds until what was left out is looked at again; twice as many after each look that changed nothing."""
+
+
+RAREST = 4 * PROBE_EVERY
+"""But no more than so many."""
 
 
 class Pace:
@@ -78,20 +82,22 @@ class MeasuredPace(Pace):
         """Seconds of a check of so many tokens a row."""
         self._judged = self._accepted = 0.0
         self._rounds = self._best = 0
-        self._is_fresh = True
+        self._gap = self._next_look = PROBE_EVERY
+        self._is_fresh, self._is_decided = True, False
 
     @property
     def length(self) -> int:
         """What pays; now and then what was left out, in case times have changed."""
         if self._rounds < len(OPENING):
             return min(OPENING[self._rounds], self.longest)
-        if self._rounds % PROBE_EVERY == 0:
+        if self._rounds == self._next_look:
             return 0 if self._best else max(1, self.longest // 2)
         return self._best
 
     def note(self, drafted: list[int], kept: list[int], draft_seconds: float, checked_from: float) -> None:
         """Learn from a round, and decide."""
         seconds, most = time.perf_counter() - checked_from, max(drafted, default=0)
+        has_looked, best = self._rounds == self._next_look, self._best
         self._rounds += 1
         if most and self._is_fresh:
             self._is_fresh = False  # the first draft may have packed its weights
@@ -103,8 +109,11 @@ class MeasuredPace(Pace):
             self._judged += right + (right < number)
         if self._judged > 200:  # the text goes on, and what was long ago counts less
             self._judged, self._accepted = self._judged / 2, self._accepted / 2
-        if self._rounds >= len(OPENING) and self._drafts and 1 in self._checks:
+        if self._rounds >= len(OPENING) and 1 in self._checks:
             self._decide()
+        if has_looked:
+            self._gap = min(2 * self._gap, RAREST) if self._best == best else PROBE_EVERY
+            self._next_look = self._rounds + self._gap
 
     @property
     def acceptance(self) -> float:
@@ -129,10 +138,13 @@ class MeasuredPace(Pace):
         return tokens / (drafting + self.check_seconds(length + 1))
 
     def _decide(self) -> None:
-        best = max(range(self.longest + 1), key=self.rate)
-        if best == self._best and self.verdict:
+        if not self._drafts:
+            self.verdict = "no drafts: nothing to guess from was found so far"
             return
-        self._best = best
+        best = max(range(self.longest + 1), key=self.rate)
+        if best == self._best and self._is_decided:
+            return
+        self._best, self._is_decided = best, True
         tried = best or max(range(1, self.longest + 1), key=self.rate)
         chosen, gain = f"drafts of {best}" if best else "no drafts", self.rate(tried) / self.rate(0)
         draft, check, plain = (1e3 * s for s in (median(self._drafts), *map(self.check_seconds, (tried + 1, 1))))

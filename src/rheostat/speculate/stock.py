@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from rheostat.caches.rewinding import check_rewindable, rewind, room
 from rheostat.methods.base import Method, positions
+from rheostat.sampling import most_likely
 from rheostat.speculate.drafter import Draft, Host, State
 
 if TYPE_CHECKING:
@@ -97,3 +98,11 @@ class Stepper:
         logits = read(self.model, token_ids[:, None], self.mask, self.cache, self.position_ids + self.num_read)
         self.num_read += 1
         return logits
+
+    def write(self, token_ids: torch.Tensor, number: int) -> torch.Tensor:
+        """Token ids [B] -> the `number` most likely ones after them [B, n]."""
+        found = []
+        for _ in range(number):
+            token_ids = most_likely(self(token_ids))
+            found.append(token_ids)
+        return torch.stack(found, 1)

@@ -131,6 +131,33 @@ def test_the_meter_agrees_with_the_formula():
     assert meter.cost == adapted.method.cost(adapted.geometry, compute=adapted.dial.low, num_tokens=12, itemsize=4)
 
 
+def test_flops_are_twice_the_parameters_that_a_token_meets():
+    """So ratios of parameter counts, as the paper prints them, are what the meter says of a prompt."""
+    adapted = given(auxiliary="pruned", kept=(0, 2))
+    maps = predictors(adapted.model)[0]
+    ids = tiny_windows(1, 12)
+    with spend(adapted.dial.low) as meter, torch.no_grad():
+        adapted.method.prefill(adapted.model, ids, torch.ones_like(ids), adapted.method.make_cache(adapted.model))
+
+    def weights(module):
+        return sum(one.numel() for one in module.parameters() if one.dim() == 2)
+
+    small, whole = (weights(families.decoder(one).layers) for one in (maps.host[0], adapted.model))
+    assert meter.cost.flops.auxiliary == 2 * 11 * (small + maps.num_weights)
+    assert meter.dense.flops.attention + meter.dense.flops.ffn == 2 * 12 * whole
+
+
+def test_maps_for_another_auxiliary_are_refused():
+    tensors = given(auxiliary="pruned", kept=(0, 2)).method.state(given(auxiliary="pruned", kept=(0, 2)).model)
+    deeper = given(auxiliary="pruned", kept=(0, 1, 2))
+    with pytest.raises(SettingError, match=r"tensor .* is missing"):
+        deeper.method.load_state(deeper.model, tensors)
+    name = "0.key_maps.0.weight"
+    same = given(auxiliary="pruned", kept=(0, 2))
+    with pytest.raises(SettingError, match="learned for a model of another geometry"):
+        same.method.load_state(same.model, tensors | {name: tensors[name][:, :-1]})
+
+
 def small_folder(tmp_path, tokenizer, vocab=None):
     """A one-layer model of another head width, saved with a tokenizer."""
     from transformers import AutoModelForCausalLM
@@ -159,6 +186,12 @@ def test_a_smaller_model_with_the_same_tokenizer_reads_prompts(tmp_path, tiny_mo
         mine = adapted.generate(ids, max_new_tokens=4, do_sample=False)
         assert torch.equal(again.generate(ids, max_new_tokens=4, do_sample=False), mine)
     assert meter.num_side_tokens["auxiliary"] == 30
+    cache, own = (adapted.method.make_cache(adapted.model) for _ in range(2))
+    with spend(adapted.dial.low), torch.no_grad():
+        adapted.method.prefill(adapted.model, ids, torch.ones_like(ids), cache)
+        adapted.model(ids, past_key_values=own)
+    for mine, wanted in zip(cache.layers, own.layers, strict=True):  # its head is of another width than the model's
+        assert (mine.keys.shape, mine.values.shape) == (wanted.keys.shape, wanted.values.shape)
 
 
 def test_a_smaller_model_with_another_tokenizer_is_refused(tmp_path, tiny_model_folder, tiny_tokenizer, tiny_text):

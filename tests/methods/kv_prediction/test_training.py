@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rheostat.adapted import Adapted
 from rheostat.methods.base import Method
+from rheostat.methods.kv_prediction import KVPrediction
 from rheostat.methods.kv_prediction.predictor import predictors
 from rheostat.methods.kv_prediction.training import consistency, draw_answers, predicting
 from rheostat.methods.kv_prediction.watching import recording
@@ -15,12 +17,17 @@ from rheostat.train.trainer import train
 from tests.methods.kv_prediction.given import exact, given
 from tests.tiny import CONTRACT_FAMILIES, tiny_model, tiny_windows
 
+OWN = {"auxiliary": "pruned", "kept": (0, 2)}
+"""An auxiliary that is a model of its own; its maps are at depth 0."""
+
 
 def parallel(adapted, depth, ids):
     """Logits of the parallel form."""
     is_first = torch.zeros_like(ids, dtype=torch.bool)
     is_first[:, 0] = True
-    with predicting(adapted.model, predictors(adapted.model)[depth], is_first):
+    maps = predictors(adapted.model)[depth]
+    made = None if depth else maps.run(ids, None, None)[1]
+    with predicting(adapted.model, maps, is_first, made):
         return adapted.model(ids, use_cache=False).logits
 
 
@@ -37,19 +44,21 @@ def test_exact_maps_make_the_parallel_form_dense_and_the_consistency_zero(family
     assert parts["lm"] == pytest.approx(dense["lm"], rel=1e-4)
 
 
-def test_the_parallel_form_is_causal():
-    adapted = given()
+@pytest.mark.parametrize(("settings", "depth"), [({}, 2), (OWN, 0)])
+def test_the_parallel_form_is_causal(settings, depth):
+    adapted = given(**settings)
     ids = tiny_windows(1, 20)
     other = ids.clone()
     other[0, 12:] = 9
     with torch.no_grad():
-        one, two = parallel(adapted, 2, ids), parallel(adapted, 2, other)
+        one, two = parallel(adapted, depth, ids), parallel(adapted, depth, other)
     torch.testing.assert_close(one[:, :12], two[:, :12])
     assert not torch.allclose(one[:, 12:], two[:, 12:])
 
 
-def test_padding_changes_no_part_of_the_loss():
-    adapted = given(depths=(2,))
+@pytest.mark.parametrize("settings", [{"depths": (2,)}, OWN])
+def test_padding_changes_no_part_of_the_loss(settings):
+    adapted = given(**settings)
     ids = tiny_windows(2, 24)
     mask = torch.ones_like(ids)
     mask[1, 16:] = 0
@@ -72,8 +81,9 @@ def test_consistency_is_a_mean_over_layers_of_two_mean_distances():
     assert float(consistency(adapted.model, predictor, moved, seen, keep)) == pytest.approx(0.75, rel=1e-5)
 
 
-def test_a_step_changes_the_maps_and_leaves_the_model_bit_identical(tmp_path):
-    adapted = given(depths=(1, 2), consistency_weight=0.0)
+@pytest.mark.parametrize("settings", [{"depths": (1, 2)}, OWN])
+def test_a_step_changes_the_maps_and_leaves_the_model_bit_identical(tmp_path, settings):
+    adapted = given(**settings, consistency_weight=0.0)
     before = {name: value.clone() for name, value in adapted.model.state_dict().items()}
     settings = TrainSettings(tokens=4 * 32 * 4, length=32, batch_size=4, learning_rate=1e-3)
     facts = train(adapted, tiny_windows(16), settings, output_dir=tmp_path)
@@ -81,6 +91,38 @@ def test_a_step_changes_the_maps_and_leaves_the_model_bit_identical(tmp_path):
     changed = {name for name, value in adapted.model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
     assert all(".kv_predictors." in name for name in changed)
+    if settings is OWN:  # it learns, and so do its maps
+        assert {".auxiliary." in name for name in changed} == {True, False}
+
+
+@pytest.mark.slow
+def test_consistency_helps_and_trained_maps_beat_their_own_auxiliary_alone():
+    """From random maps and on the same text, the paper's order."""
+    windows, unseen = tiny_windows(16), tiny_windows(8, seed=7)
+    dense = tiny_model(layers=4)
+    with torch.no_grad():
+        wanted = dense(unseen).logits.log_softmax(-1)
+
+    def distance(logits):
+        return float((wanted.exp() * (wanted - logits.log_softmax(-1))).sum(-1)[:, 1:].mean())
+
+    left = {}
+    for weight in (0.0, 1.0):
+        adapted = Adapted(tiny_model(layers=4), KVPrediction(**OWN, consistency_weight=weight, distill_weight=1.0))
+        maps = predictors(adapted.model)[0]
+        learned = set(adapted.method.trainable(adapted.model))
+        weights = [one for name, one in adapted.model.named_parameters() if name in learned]
+        optimizer = torch.optim.AdamW(weights, lr=3e-3)
+        for _ in range(60):
+            loss, _ = adapted.method.loss(adapted.model, {"input_ids": windows})
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            left[weight] = distance(parallel(adapted, 0, unseen))
+            alone = distance(maps.logits(maps.run(unseen, None, None)[0]))
+    assert left[1.0] < 0.92 * left[0.0]
+    assert left[1.0] < 0.25 * alone
 
 
 def test_training_lowers_the_loss():

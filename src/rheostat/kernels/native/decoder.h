@@ -141,9 +141,13 @@ public:
             put_out(layer);
             team_.barrier(s_.settings ? Fetch{} : share_of(layer.ffn.gate));
             choose(layer, i);
+            double then = seconds_now();
             ffn_hidden(layer.ffn, p_.order, p_.input, c_.hidden, p_.buffer, team_, thread_);
+            double spent = seconds_now() - then;
             team_.barrier(share_of(layer.ffn.downs[layer.ffn.place(p_.order.experts[0])]));
+            then = seconds_now();
             ffn_down(layer.ffn, p_.order, c_.hidden, s_.hidden, d_.hidden_size, true, team_, thread_);
+            if (team_.balance) team_.balance->add(thread_, spent + seconds_now() - then);
             team_.barrier(i + 1 < d_.num_layers ? projection_of(d_.layers[i + 1]) : share_of(d_.head));
         }
         norm(d_.final_norm);
@@ -154,13 +158,13 @@ public:
 private:
     // The beginning of this thread's share of a matrix.
     Fetch share_of(const Matrix& m) const {
-        Share share(m.panels(), thread_, team_.size);
+        const Share share = team_.share(m.panels(), thread_);
         return {m.data + share.begin * m.panel_bytes, std::min(kAhead, (share.end - share.begin) * m.panel_bytes)};
     }
 
     // And of a layer's projections of queries, keys and values, one after the other.
     Fetch projection_of(const Layer& layer) const {
-        Share share(layer.q.panels() + layer.k.panels() + layer.v.panels(), thread_, team_.size);
+        const Share share = team_.share(layer.q.panels() + layer.k.panels() + layer.v.panels(), thread_);
         int first = share.begin;
         for (const Matrix* m : {&layer.q, &layer.k, &layer.v}) {
             if (first < m->panels()) return {m->data + first * m->panel_bytes, std::min(kAhead, (m->panels() - first) * m->panel_bytes)};
@@ -188,7 +192,7 @@ private:
         const float* biases[] = {layer.q_bias, layer.k_bias, layer.v_bias};
         const int stride = layer.q.rows + layer.k.rows + layer.v.rows;
         const int all = layer.q.panels() + layer.k.panels() + layer.v.panels();
-        Share share(all, thread_, team_.size);
+        const Share share = team_.share(all, thread_);
         float* y = c_.qkv.data();
         for (int i = 0, before = 0; i < 3; before += parts[i]->panels(), y += parts[i]->rows, i++) {
             const Matrix& m = *parts[i];

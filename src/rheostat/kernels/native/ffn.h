@@ -49,7 +49,7 @@ struct Order {
 // `hidden` gets them as the downs take them.
 static void ffn_hidden(const Ffn& ffn, const Order& order, const Input& in, Input& hidden, std::vector<float>& buffer,
                        Team& team, int thread) {
-    Share share((order.widest() + kCell - 1) / kCell, thread, team.size);
+    const Share share = team.share((order.widest() + kCell - 1) / kCell, thread);
     if (buffer.size() < order.rows.size() * (kCell + kLanes)) buffer.resize(order.rows.size() * (kCell + kLanes));
     float* gates = buffer.data() + order.rows.size() * kCell;
     const int down_format = ffn.downs[0].format, cells = ffn.gate.cells(), last = ffn.gate.panels();
@@ -75,7 +75,7 @@ static void ffn_hidden(const Ffn& ffn, const Order& order, const Input& in, Inpu
 static void ffn_down(const Ffn& ffn, const Order& order, const Input& hidden, float* y, int64_t stride, bool is_added,
                      Team& team, int thread) {
     const int width = ffn.downs[0].rows, num_rows = (int)order.rows.size();
-    Share share(ffn.downs[0].panels(), thread, team.size);
+    const Share share = team.share(ffn.downs[0].panels(), thread);
     for (int p = share.begin; p < share.end; p++) {
         const int n = width - p * kLanes < kLanes ? width - p * kLanes : kLanes;
         for (int begin = 0, end; begin < num_rows; begin = end) {

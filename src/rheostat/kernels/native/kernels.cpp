@@ -1,6 +1,6 @@
 // What Python calls. Arguments are checked there; here they are taken as right.
 #include "ahead.h"
-#include "decoder.h"
+#include "draft.h"
 #include "reader.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -97,8 +97,41 @@ EXPORT void rheostat_attention(const Attention* a, const float* q, const void* k
     });
 }
 
+// A weight [N, K] of float32 or bfloat16 (rows `stride` values apart) as panels of bfloat16, which are zero before. Returns
+// whether all of it is finite. To the nearest, ties to even, and subnormal numbers too: as torch does it.
+EXPORT int rheostat_pack_bfloat(const void* weight, int64_t stride, int is_half, int rows, int cols, uint8_t* out,
+                                int64_t panel_bytes, int num_threads) {
+    std::atomic<int> is_finite{1};
+    parallel(num_threads, [&](Team& team, int thread) {
+        const Share share((rows + kLanes - 1) / kLanes, thread, team.size);
+        std::vector<uint16_t> row(round_up(cols, 2 * kLanes));
+        bool all = true;
+        for (int r = share.begin * kLanes; r < std::min(share.end * kLanes, rows); r++) {
+            uint32_t* to = (uint32_t*)(out + r / kLanes * panel_bytes) + r % kLanes;
+            if (is_half)
+                memcpy(row.data(), (const uint16_t*)weight + r * stride, cols * sizeof(uint16_t));
+            else
+                for (int k = 0; k < cols; k++) row[k] = float_to_bfloat(((const float*)weight)[r * stride + k]);
+            for (int k = 0; k < cols; k++) all &= (row[k] & 0x7f80) != 0x7f80;
+            for (int k = 0; k < cols; k += 2) to[k / 2 * kLanes] = row[k] | (uint32_t)row[k + 1] << 16;
+        }
+        if (!all) is_finite = 0;
+    });
+    return is_finite;
+}
+
+// Rows `ids` [M] of an embedding [V, D] of floats of the format: out [M, D].
+EXPORT void rheostat_embed(const void* table, const int64_t* ids, float* out, int format, int num_rows, int width) {
+    const Draft rows{table, width, format, 0, nullptr};
+    for (int r = 0; r < num_rows; r++) embed(rows, ids[r], width, out + (int64_t)r * width);
+}
+
 EXPORT void rheostat_step(const Decoder* decoder, const Step* step, int num_threads) {
     take_step(*decoder, *step, num_threads);
+}
+
+EXPORT void rheostat_draft(const Decoder* decoder, const Step* step, const Draft* draft, int num_threads) {
+    write_draft(*decoder, *step, *draft, num_threads);
 }
 
 // y [M, N] = x [M, K] W^T + bias; W in bfloat16 or float32

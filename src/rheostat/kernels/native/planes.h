@@ -37,6 +37,11 @@ constexpr int kTilesAtOnce = 1;
 template <int D>
 constexpr int kMostQueries = D == 1 ? 6 : D == 2 ? 5 : 4;
 
+// Where the next block is fetched to. With few queries lines come faster than the first cache can ask for them, so the
+// second one does; with many there is time, and then the second would be too far.
+template <int R>
+constexpr int kNear = R <= 3 ? 2 : 3;
+
 // What one thread needs while it reads a body.
 struct BodyRoom {
     std::vector<int8_t> digits;
@@ -113,8 +118,8 @@ static void dot_codes(const Codes& codes, const int8_t* digits, int width, F16* 
         I16 first[T], second[T];
         for (int t = 0; t < T; t++) {
             const int64_t at = ((int64_t)t * octs + o) * 64;
-            __builtin_prefetch(upper + at + ahead);
-            if (!Small) __builtin_prefetch(lower + at + ahead);
+            __builtin_prefetch(upper + at + ahead, 0, kNear<R>);
+            if (!Small) __builtin_prefetch(lower + at + ahead, 0, kNear<R>);
             unpack_codes<Small>(upper + at, lower + at, first[t], second[t]);
         }
         for (int r = 0; r < R; r++)

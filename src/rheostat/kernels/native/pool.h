@@ -10,6 +10,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -43,11 +44,84 @@ struct Fetch {
     }
 };
 
+// The share [begin, end) of `count` units that thread `thread` of `size` takes.
+struct Share {
+    int begin, end;
+    Share(int count, int thread, int size)
+        : begin((int)((int64_t)count * thread / size)), end((int)((int64_t)count * (thread + 1) / size)) {}
+    Share(int first, int last) : begin(first), end(last) {}
+};
+
+// How work is shared out between threads whose cores are not equally quick: a neighbour on the same core, another
+// program, or a slower kind of core. Each thread says how long its share took it, and the next call's shares are moved a
+// little towards those that would have taken equally long. What is computed does not depend on it.
+class Balance {
+public:
+    void begin(int size) {
+        if (size != size_ || size > kMost) {
+            size_ = size;
+            for (int t = 0; t < std::min(size, kMost); t++) parts_[t] = 1;
+        } else {
+            adjust();
+        }
+        for (int t = 0; t < std::min(size, kMost); t++) spent_[t].seconds = 0;
+        edges_[0] = 0;
+        for (int t = 0; t < std::min(size, kMost); t++) edges_[t + 1] = edges_[t] + parts_[t];
+    }
+
+    void add(int thread, double seconds) {
+        if (thread < kMost) spent_[thread].seconds += seconds;
+    }
+
+    Share share(int count, int thread) const {
+        if (size_ > kMost) return Share(count, thread, size_);
+        return Share(edge(count, thread), edge(count, thread + 1));
+    }
+
+private:
+    static constexpr int kMost = 64;         // threads; more take equal shares
+    static constexpr float kRate = 0.15f;    // how far a share is moved at a time
+    static constexpr float kLeast = 0.5f, kLargest = 2;  // of an equal share
+
+    int edge(int count, int thread) const { return (int)(count * edges_[thread] / edges_[size_] + 0.5f); }
+
+    void adjust() {
+        double total = 0;
+        for (int t = 0; t < size_; t++) {
+            if (!(spent_[t].seconds > 0)) return;  // a call that was not timed
+            total += spent_[t].seconds;
+        }
+        float sum = 0;
+        for (int t = 0; t < size_; t++) {
+            const float ratio = std::min(std::max((float)(total / size_ / spent_[t].seconds), 0.5f), 2.0f);
+            sum += parts_[t] *= 1 + kRate * (ratio - 1);
+        }
+        for (int t = 0; t < size_; t++) parts_[t] = std::min(std::max(parts_[t] * size_ / sum, kLeast), kLargest);
+    }
+
+    struct alignas(64) Spent {
+        double seconds = 0;
+    };
+
+    int size_ = 0;
+    float parts_[kMost], edges_[kMost + 1];
+    Spent spent_[kMost];
+};
+
+INLINE double seconds_now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 // The threads that run one function, and where they meet.
 struct Team {
     int size = 1;
+    Balance* balance = nullptr;  // none: equal shares
     alignas(64) std::atomic<int> arrived{0};
     alignas(64) std::atomic<int> phase{0};
+
+    Share share(int count, int thread) const {
+        return balance ? balance->share(count, thread) : Share(count, thread, size);
+    }
 
     void barrier(Fetch next = {}) {
         if (size == 1) return;
@@ -82,6 +156,8 @@ public:
         grow(num_threads - 1);
         int size = 1 + (int)workers_.size() < num_threads ? 1 + (int)workers_.size() : num_threads;
         team_.size = size;
+        balance_.begin(size);
+        team_.balance = &balance_;
         work_ = work;
         context_ = context;
         left_.store((int)workers_.size(), std::memory_order_relaxed);
@@ -140,6 +216,7 @@ private:
     std::condition_variable wake_;
     std::vector<std::thread> workers_;
     Team team_;
+    Balance balance_;
     Work work_ = nullptr;
     void* context_ = nullptr;
     alignas(64) std::atomic<uint32_t> start_{0};
@@ -171,10 +248,3 @@ static void parallel(int num_threads, Function&& function) {
         num_threads, [](void* f, Team& team, int thread) { (*(typename std::remove_reference<Function>::type*)f)(team, thread); },
         (void*)&function);
 }
-
-// The share [begin, end) of `count` units that thread `thread` of `size` takes.
-struct Share {
-    int begin, end;
-    Share(int count, int thread, int size)
-        : begin((int)((int64_t)count * thread / size)), end((int)((int64_t)count * (thread + 1) / size)) {}
-};

@@ -8,6 +8,18 @@
 #include "planes.h"
 
 constexpr int kStretch = 256;  // slots of a piece: a multiple of kBlock
+constexpr int kShort = 64;     // of the pieces before slot kStretch: what is short has to be shared out too
+
+// The first slot of piece s.
+INLINE int piece_begin(int s) {
+    constexpr int count = kStretch / kShort;
+    return s <= count ? s * kShort : (s - count + 1) * kStretch;
+}
+
+INLINE int pieces_of(int slots) {
+    constexpr int count = kStretch / kShort;
+    return slots <= kStretch ? (slots + kShort - 1) / kShort : count - 1 + (slots + kStretch - 1) / kStretch;
+}
 
 struct NewTokens {
     const int32_t *lengths, *starts;  // [B], slots filled before this step, and first slots that are not padding
@@ -32,7 +44,7 @@ struct NewTokens {
     }
 
     int pieces(int b) const {
-        return body_pieces(b) + (lengths[b] + count(b) - starts[b] + kStretch - 1) / kStretch;
+        return body_pieces(b) + pieces_of(lengths[b] + count(b) - starts[b]);
     }
 
     int most_pieces() const {
@@ -52,7 +64,7 @@ static void attend_new(const Attention& a, const NewTokens& n, int layer, int wi
     const size_t wanted = (size_t)n.most() * group * wide;
     if (room_for_queries.size() < wanted) room_for_queries.resize(wanted);
     float* q = room_for_queries.data();
-    Share share(n.num_cached * a.num_kv_heads * most, thread, team.size);
+    const Share share = team.share(n.num_cached * a.num_kv_heads * most, thread);
     int ready = -1;
     for (int item = share.begin; item < share.end; item++) {
         const int s = item % most, k = item / most % a.num_kv_heads, b = item / most / a.num_kv_heads;
@@ -79,7 +91,7 @@ static void attend_new(const Attention& a, const NewTokens& n, int layer, int wi
                           body_room);
             continue;
         }
-        const int low = n.starts[b] + (s - bodies) * kStretch, high = low + kStretch;
+        const int low = n.starts[b] + piece_begin(s - bodies), high = n.starts[b] + piece_begin(s - bodies + 1);
         for (int t = 0; t < count; t++)
             if (n.lengths[b] + t >= low && n.lengths[b] + t < high) write(first + t, b, k, n.lengths[b] + t);
         for (int t = 0; t < count; t++) {
@@ -92,7 +104,7 @@ static void attend_new(const Attention& a, const NewTokens& n, int layer, int wi
 // Joins all pieces of this thread's share of the heads into out [tokens, H * d].
 static void join_new(const Attention& a, const NewTokens& n, float* scratch, float* out, Team& team, int thread) {
     const int most = n.most_pieces();
-    Share share(n.total() * a.num_heads, thread, team.size);
+    const Share share = team.share(n.total() * a.num_heads, thread);
     for (int b = 0, item = share.begin; b < n.num_cached; b++)
         for (; item < share.end && item / a.num_heads < n.first(b) + n.count(b); item++)
             join(a, scratch, item / a.num_heads, item % a.num_heads, most, out + (int64_t)item * a.head_dim, n.pieces(b));

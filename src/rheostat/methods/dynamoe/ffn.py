@@ -14,7 +14,7 @@ from rheostat.methods.dynamoe.experts import down_of, run_grouped, run_naive, ru
 from rheostat.methods.dynamoe.routing import Router, choose_by_confidence, choose_by_damage
 from rheostat.runtime.weights import FFNWeights, RouterWeights
 from rheostat.skeleton import linear_around
-from rheostat.spending import Pass, Spending, current_pass, current_spending
+from rheostat.spending import Held, Pass, Spending, current_pass, current_spending
 
 
 class NestedFFN(MeteredFFN):
@@ -60,6 +60,8 @@ class NestedFFN(MeteredFFN):
         y = self.host(x) if choice is None else self.run(x.reshape(-1, x.shape[-1]), choice).view_as(x)
         if spending is not None and one is not None:
             self._bill(spending, one, choice, x.element_size())
+            if one.held is not None and choice is not None:
+                self._report(one.held, choice, x.shape[:2])
         return y
 
     def add_downs(self, *, has_bias: bool) -> None:
@@ -115,15 +117,27 @@ class NestedFFN(MeteredFFN):
         if spending.override is not None:
             choice = spending.override(self.layer, flat)
         else:
-            setting = one.settings.get(self.key)
+            setting = one.settings.get(self.key) if one.held is None else self._held_setting(one.held, x.device)
             if setting is None or not bool((setting > 0).any()):
                 return None
+            by_token = setting if len(setting) == len(flat) else setting.repeat_interleave(x.shape[1])
             with torch.no_grad():
-                choice = self.decide(self.router(flat), setting.repeat_interleave(x.shape[1]))
+                choice = self.decide(self.router(flat), by_token)
         if one.is_plain:
             return choice
         choice = torch.where(one.first.flatten(), full, choice)  # the attention sink: its huge activations serve all
         return torch.where(one.valid.flatten(), choice, -1)
+
+    def _held_setting(self, held: Held, device: torch.device) -> torch.Tensor:
+        """[B], or [B * T] where each token has its own."""
+        return torch.from_numpy(held.setting(self.layer)).to(device, torch.float32).flatten()
+
+    def _report(self, held: Held, choice: torch.Tensor, shape: torch.Size) -> None:
+        """Tell what tokens [B, T] saved that took the experts [B * T]."""
+        widths = self.widths[choice.clamp(min=0)]
+        saved = 3 * self.mlp.hidden_size * (self.sizes[-1] - widths) - self.router.num_weights
+        by_token = torch.where(choice >= 0, saved, 0).view(shape)
+        held.took(self.layer, by_token.cpu().numpy())
 
     def decide(self, scores: torch.Tensor, setting: torch.Tensor) -> torch.Tensor:
         """The choice for tokens with router scores [N, outputs] at native settings [N]; 0 is the full FFN."""

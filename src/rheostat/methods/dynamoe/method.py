@@ -39,6 +39,7 @@ class DynaMoE(Method):
 
     name: ClassVar[str] = "dynamoe"
     stages: ClassVar[frozenset[str]] = frozenset({"width"})
+    holds: ClassVar[bool] = True
     needs_host: ClassVar[bool] = False
 
     num_experts: int = 4

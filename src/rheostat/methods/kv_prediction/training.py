@@ -89,14 +89,13 @@ def loss(
     with predicting(model, predictor, is_first, given, is_answer) as made:
         logits = model(**batch, use_cache=False).logits
     teacher = dense if method.distill_weight else None
-    lm, parts = language_loss(logits, batch, teacher, method.distill_weight)
-    z = _z(logits, keep)
+    lm, parts = language_loss(logits, batch, teacher, method.distill_weight, method.z_weight)
     distance = consistency(model, predictor, made, targets, keep)
-    total = method.base_weight * (lm + method.z_weight * z) + method.consistency_weight * distance
+    total = method.base_weight * lm + method.consistency_weight * distance
     if told is not None:
-        auxiliary = language_loss(told, batch, None, 0.0)[0] + method.z_weight * _z(told, keep)
+        auxiliary = language_loss(told, batch, None, 0.0, method.z_weight)[0]
         total, parts = total + method.auxiliary_weight * auxiliary, parts | {"auxiliary": float(auxiliary.detach())}
-    return total, parts | {"z": float(z.detach()), "consistency": float(distance.detach())}
+    return total, parts | {"consistency": float(distance.detach())}
 
 
 def draw_answers(keep: torch.Tensor, share: float) -> torch.Tensor:
@@ -108,11 +107,6 @@ def draw_answers(keep: torch.Tensor, share: float) -> torch.Tensor:
     lengths = keep.sum(1, keepdim=True)
     starts = lengths * (1 - 2 * share * torch.rand(len(keep), 1, device=keep.device))
     return keep & (keep.cumsum(1) > starts)
-
-
-def _z(logits: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Mean square of log-sum-exp of logits [B, T, V] where `keep` [B, T]."""
-    return logits[keep].float().logsumexp(-1).square().mean()
 
 
 def consistency(

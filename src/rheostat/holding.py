@@ -1,0 +1,218 @@
+"""Holding a request to the `compute` it asked for: its own spending steers the setting that its next tokens get.
+
+A dial's table is a mean over text: a hard request spends more at the same setting, an easy one less. Here every row has
+an account of the weights it was asked to save and of those it did save, and a setting is looked up in the same table,
+for the savings that are still wanted, divided by how well such settings have worked on this row so far.
+
+- A *prompt*, of which only the last token's logits are wanted, is held as a whole: every few layers (`Table.groups`)
+  its price is set anew by what its tokens saved in the layers before. So how much a token gets depends on later
+  tokens of the same prompt; nothing that it computes does, and nothing is predicted from any of them but the last.
+- A *text whose every token is scored* is held causally: the price of a token depends on what tokens up to itself saved
+  in the layers before, as if the text ended there.
+- A *step of decoding* has one price in all layers, set by all that the row did before.
+
+All sums are whole numbers of weights, and no row sees another's, so a row in a batch is steered as it is alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rheostat.dial import Dial
+from rheostat.geometry import Geometry
+
+MAX_GROUPS = 15
+"""The price of a prompt is set this often: a group of layers is one native call."""
+HORIZON = 16
+"""Tokens over which a step of decoding makes up for what went before, at least."""
+HORIZON_SHARE = 1 / 8
+"""And as a share of the tokens so far: a long request is steered more gently."""
+PHANTOM = 16
+"""Tokens of a scored text that are taken to have spent as expected, before its own count."""
+KNOWN = 16
+"""Tokens of an answer that are taken to have saved as expected, before its own count."""
+PRIOR_SHARE = 0.15
+"""Of a pass's savings: as much is taken to have come as expected, so that its first layers do not decide."""
+MEMORY = 64
+"""Tokens after which what a row's savings tell about its next ones has faded (to 1 / e)."""
+PROMPT_MEMORY = 16
+"""Tokens that a whole prompt counts for in that: answers are another kind of text."""
+RATIOS = (0.3, 3.0)
+"""Savings of a row against expectation stay within these."""
+LEAST = 1e-3
+"""Where a held row's setting begins on the table, in points: above the neutral one, so that its routers always run and
+what it pays does not depend on its neighbours."""
+
+Numbers = np.ndarray
+"""Of float64."""
+
+
+class Table:
+    """A dial as savings: how many weights a token leaves out in each layer, at each point of the table."""
+
+    def __init__(self, dial: Dial, geometry: Geometry, key: str) -> None:
+        """
+        Args:
+            key: of the one setting that is turned.
+        """
+        self.dial, self.key = dial, key
+        self.layer_weights = geometry.attention_weights + geometry.ffn_weights
+        self.num_layers, self.head_weights = geometry.num_layers, geometry.head_weights
+        self.settings = np.array(dial.settings[key])
+        saved = _savings(dial, geometry, key)
+        size = -(-self.num_layers // MAX_GROUPS)
+        self.groups = [range(i, min(i + size, self.num_layers)) for i in range(0, self.num_layers, size)]
+        self.group_of = {group.start: k for k, group in enumerate(self.groups)}
+        self.of_group = np.stack([saved[:, group.start : group.stop].sum(1) for group in self.groups])  # [G, K]
+        tails = self.of_group[::-1].cumsum(0)[::-1]
+        rise = np.arange(len(self.settings)) * 1e-3  # strictly rising, to be inverted
+        self.tails = np.maximum.accumulate(tails, 1) + rise
+        """[G, K]: saved by a token from this group of layers on."""
+        self.points = np.arange(len(self.settings), dtype=np.float64)
+
+    def find(self, group: int, wanted: Numbers) -> Numbers:
+        """The places on the table at which a token saves `wanted` weights from a group on, within the table's range."""
+        return np.clip(np.interp(wanted, self.tails[group], self.points), LEAST, self.points[-1])
+
+    def setting(self, places: Numbers) -> Numbers:
+        """The native settings there: as `Dial.native` interpolates."""
+        logs = np.log(self.settings[1:])
+        upper = np.exp(np.interp(places, self.points[1:], logs))
+        return np.where(places < 1, places * self.settings[1], upper)
+
+    def expected(self, group: int, places: Numbers) -> Numbers:
+        """Weights that a token is expected to save in one group of layers."""
+        return np.interp(places, self.points, self.of_group[group])
+
+    def weights(self, num_tokens: Numbers, num_logits: Numbers) -> Numbers:
+        """What the dense model multiplies."""
+        return num_tokens * (self.num_layers * self.layer_weights) + num_logits * self.head_weights
+
+
+def _savings(dial: Dial, geometry: Geometry, key: str) -> Numbers:
+    """[K, L]. Without a measured profile every layer is taken to save alike."""
+    total = (1 - np.array(dial.compute)) * geometry.token_flops / 2  # [K]
+    if (profile := dial.profile.get(key)) is None:
+        return np.repeat(total[:, None] / geometry.num_layers, geometry.num_layers, 1)
+    ffn = (1 - np.array(profile)) * geometry.ffn_weights
+    return ffn - (ffn.sum(1) - total)[:, None] / geometry.num_layers  # less what choosing costs
+
+
+@dataclass
+class Account:
+    """What rows were asked to save and what they saved, from one pass of a request to the next."""
+
+    table: Table
+    balance: Numbers
+    """[B], weights saved beyond what was asked."""
+    saved: Numbers
+    """[B], fading: weights saved by the row's tokens."""
+    expected: Numbers
+    """[B], fading: what was expected of the settings they had."""
+    tokens: Numbers
+    """[B], tokens so far."""
+
+    @classmethod
+    def new(cls, table: Table, num_rows: int) -> Account:
+        """Of rows that have done nothing yet."""
+        return cls(table, *(np.zeros(num_rows) for _ in range(4)))
+
+    def step(self, asked: Numbers) -> Step:
+        """The next token of each row, at the `compute` [B] asked for; 1 is dense."""
+        table = self.table
+        owed = (1 - asked) * table.weights(np.ones(1), np.ones(1))
+        prior = KNOWN * owed + 1
+        ratio = ((self.saved + prior) / (self.expected + prior)).clip(*RATIOS)
+        horizon = np.maximum(HORIZON, self.tokens * HORIZON_SHARE)
+        places = table.find(0, (owed - self.balance / horizon) / ratio)
+        return Step(self, asked, owed, places)
+
+    def read(self, asked: Numbers, counts: Numbers, num_logits: Numbers) -> Reading:
+        """New tokens that are read together: [B, C] of them in each of C parts of each row, of which `num_logits`
+        [B, C] give logits. One part is held as a whole; more are held each by those up to it."""
+        return Reading(self, asked, counts, num_logits)
+
+    def book(self, balance: Numbers, saved: Numbers, expected: Numbers, counts: Numbers) -> None:
+        """A pass is over, over `counts` [B] tokens."""
+        fade = np.exp(-counts / MEMORY)
+        share = np.minimum(1, PROMPT_MEMORY / np.maximum(counts, 1))
+        self.saved, self.expected = self.saved * fade + saved * share, self.expected * fade + expected * share
+        self.balance, self.tokens = balance, self.tokens + counts
+
+
+class Step:
+    """A step of decoding."""
+
+    def __init__(self, account: Account, asked: Numbers, owed: Numbers, places: Numbers) -> None:
+        self.account, self.owed, self.places = account, owed, places
+        self.values = np.where(asked < 1, account.table.setting(places), 0.0)
+        """[B], native settings of all layers."""
+        self._saved = np.zeros(len(asked))
+        self._held = asked < 1
+
+    def setting(self, layer: int) -> Numbers:
+        """The native settings [B] of a layer."""
+        return self.values
+
+    def took(self, layer: int, saved: Numbers) -> None:
+        """The tokens [B, 1] of the rows saved so many weights in a layer."""
+        self._saved += saved[:, 0]
+        if layer == self.account.table.num_layers - 1:
+            self.close(self._saved)
+
+    def close(self, saved: Numbers) -> None:
+        """In all layers the rows saved so many weights [B]."""
+        saved = np.where(self._held, saved, 0)
+        expected = np.where(
+            self._held, np.interp(self.places, self.account.table.points, self.account.table.tails[0]), 0
+        )
+        self.account.book(self.account.balance + saved - self.owed, saved, expected, np.ones(len(saved)))
+
+
+class Reading:
+    """A pass over several tokens of each row."""
+
+    def __init__(self, account: Account, asked: Numbers, counts: Numbers, num_logits: Numbers) -> None:
+        self.account, self.counts = account, counts
+        table, self._held = account.table, (asked < 1)[:, None]
+        is_causal = counts.shape[1] > 1
+        self.totals = counts.cumsum(1)
+        self.owed = (1 - asked)[:, None] * table.weights(self.totals, num_logits.cumsum(1))
+        self._extra = float(PHANTOM) if is_causal else 0.0
+        typical = (1 - asked)[:, None] * table.weights(np.ones(1), np.ones(1))  # [B, 1], a token's
+        self._phantom = table.find(0, typical)  # the places where phantoms are
+        self._saved = np.zeros(counts.shape)
+        """[B, C], by each part in the layers so far."""
+        self._expected = np.zeros(counts.shape)
+        prior = PRIOR_SHARE * (self.totals + self._extra) * typical + 1
+        self._known = (prior + account.saved[:, None], prior + account.expected[:, None])
+        self._values = np.zeros(counts.shape)
+
+    def setting(self, layer: int) -> Numbers:
+        """The native settings [B, C] of a layer."""
+        if (group := self.account.table.group_of.get(layer)) is not None:
+            self._values = self._steer(group)
+        return self._values
+
+    def _steer(self, group: int) -> Numbers:
+        table = self.account.table
+        saved, expected = self._saved.cumsum(1), self._expected.cumsum(1)
+        mine, theirs = self._known
+        ratio = ((saved + mine) / (expected + theirs)).clip(*RATIOS)
+        number = self.totals + self._extra
+        wanted = self.owed - self.account.balance[:, None] - saved
+        wanted = wanted + self._extra * np.interp(self._phantom, table.points, table.tails[group])
+        places = table.find(group, wanted / np.maximum(number, 1) / ratio)
+        self._expected = self._expected + self.counts * table.expected(group, places)
+        return np.where(self._held, table.setting(places), 0.0)
+
+    def took(self, layer: int, saved: Numbers) -> None:
+        """The tokens [B, T] of the rows, or their C parts, saved so many weights in a layer."""
+        parts = saved if saved.shape == self.counts.shape else saved.sum(1, keepdims=True)
+        self._saved = self._saved + np.where(self._held, parts, 0)
+        if layer == self.account.table.num_layers - 1:
+            total = self._saved.sum(1)
+            balance = self.account.balance + total - self.owed[:, -1]
+            self.account.book(balance, total, self._expected.sum(1), self.totals[:, -1])

@@ -1,0 +1,215 @@
+"""Held requests: they end at what they asked for, on every path the same, and no row or later token leaks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rheostat.adapted import Adapted
+from rheostat.decode import stream
+from rheostat.dial import Dial
+from rheostat.errors import SettingError
+from rheostat.holding import Account, Table
+from rheostat.methods import Method
+from rheostat.spending import spend
+from tests.tiny import SMOLLM2, tiny_adapted, tiny_model, tiny_windows
+
+LENGTHS = (20, 13, 6)
+MASK = torch.tensor([[0] * (20 - n) + [1] * n for n in LENGTHS])
+PROMPTS = tiny_windows(3, 20) * MASK
+GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 30}
+DIAL = Dial(compute=(1.0, 0.9, 0.7, 0.6), settings={"m": (0.0, 0.01, 0.1, 1.0)})
+
+
+@pytest.fixture(scope="module")
+def llama() -> Adapted:
+    return tiny_adapted("llama")
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Adapted:
+    return tiny_adapted("qwen3")
+
+
+def middle(adapted: Adapted) -> float:
+    return (1 + adapted.dial.low) / 2
+
+
+# -- the whole
+
+
+def test_a_held_batch_ends_at_what_was_asked_on_every_path_with_one_text(llama):
+    asked = middle(llama)
+    texts, spent = [], []
+    for runtime in ("stock", "native"):
+        with spend(asked, hold=True) as meter:
+            texts.append(llama.generate(PROMPTS, attention_mask=MASK, runtime=runtime, **GREEDY)[:, 20:])
+        spent.append(meter.compute)
+        with spend(asked, hold=True) as meter:
+            steps = stream(llama, PROMPTS, MASK, max_new_tokens=30, runtime=runtime)
+            texts.append(torch.stack([step.token_ids for step in steps], 1))
+        spent.append(meter.compute)
+    assert all(torch.equal(one, texts[0]) for one in texts)
+    assert spent == [pytest.approx(asked, abs=0.005)] * 4
+    with spend(asked) as meter:
+        free = llama.generate(PROMPTS, attention_mask=MASK, **GREEDY)[:, 20:]
+    assert abs(meter.compute - asked) > 0.04  # such text spends more at the table's setting
+    assert not torch.equal(free, texts[0])
+
+
+@pytest.mark.parametrize("runtime", ["stock", "native"])
+def test_rows_are_held_each_for_itself(llama, runtime):
+    asked = [1.0, middle(llama), llama.dial.low + 0.1]
+    whole = llama.generate(PROMPTS, attention_mask=MASK, runtime=runtime, compute=asked, hold=True, **GREEDY)
+    for row, (length, compute) in enumerate(zip(LENGTHS, asked, strict=True)):
+        with spend(compute, hold=True) as meter:
+            alone = llama.generate(PROMPTS[row : row + 1, 20 - length :], runtime=runtime, **GREEDY)
+        assert torch.equal(alone[0, length:], whole[row, 20:])
+        assert meter.compute == pytest.approx(compute, abs=0.02)
+
+
+def test_a_row_at_full_compute_is_dense_to_the_bit_beside_held_ones(qwen):
+    with torch.no_grad():
+        with spend([1.0, middle(qwen), 1.0], hold=True):
+            held = qwen(input_ids=PROMPTS, attention_mask=MASK).logits
+        with spend([1.0, middle(qwen), 1.0]):
+            free = qwen(input_ids=PROMPTS, attention_mask=MASK).logits
+        with spend(1.0, hold=True):
+            dense = qwen(input_ids=PROMPTS[:1]).logits
+        with spend(1.0):
+            assert torch.equal(dense, qwen(input_ids=PROMPTS[:1]).logits)
+    assert torch.equal(held[0], free[0])
+    assert not torch.equal(held[1], free[1])
+
+
+def test_the_account_is_what_the_meter_says(qwen):
+    asked = middle(qwen)
+    cache = qwen.method.make_cache(qwen.model)
+    with spend(asked, hold=True) as meter, torch.no_grad():
+        qwen.method.prefill(qwen.model, PROMPTS[:1], torch.ones(1, 20), cache)
+        for t in range(4):
+            qwen.method.decode(qwen.model, PROMPTS[1:2, 10 + t : 11 + t], torch.ones(1, 21 + t), cache)
+    account = qwen._hooks._accounts[cache]
+    beyond = asked - 2 * account.balance[0] / meter.dense.flops.flat
+    assert meter.compute == pytest.approx(beyond, abs=1e-12)
+    assert account.tokens[0] == 24
+
+
+def test_a_scored_text_is_held_without_looking_ahead(qwen):
+    windows = tiny_windows(2, 48, seed=3)
+    changed = windows.clone()
+    changed[:, 24:] = tiny_windows(2, 24, seed=4)
+    logits = []
+    for one in (windows, changed):
+        with spend(middle(qwen), hold=True), torch.no_grad():
+            logits.append(qwen(input_ids=one, use_cache=False).logits[:, :24])
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+
+
+def test_pieces_of_a_prompt_and_answers_go_on_with_its_account(llama):
+    asked, ids = middle(llama), PROMPTS[:1]
+    cache = llama.method.make_cache(llama.model)
+    with spend(asked, hold=True) as meter, torch.no_grad():
+        llama.method.prefill(llama.model, ids[:, :9], torch.ones(1, 9), cache)
+        first = meter.compute
+        llama.method.prefill(llama.model, ids[:, 9:], torch.ones(1, 20), cache)
+    assert abs(meter.compute - asked) <= abs(first - asked) + 1e-9
+    assert meter.compute == pytest.approx(asked, abs=0.02)
+
+
+def test_beams_are_held(qwen):
+    with spend(middle(qwen), hold=True) as meter:
+        qwen.generate(PROMPTS, attention_mask=MASK, num_beams=3, **GREEDY)
+    assert meter.compute == pytest.approx(middle(qwen), abs=0.02)
+
+
+def test_phases_are_held_apart(llama):
+    low = llama.dial.low
+    with spend({"prefill": 1.0, "decode": low + 0.1}, hold=True) as meter:
+        llama.generate(PROMPTS, attention_mask=MASK, **GREEDY)
+    decode = [one for one in meter.passes if one.phase == "decode"]
+    assert all(bool((one.ffn_channels[one.valid] == 128).all()) for one in meter.passes if one.phase == "prefill")
+    with spend(low + 0.1, hold=True) as both:
+        llama.generate(PROMPTS, attention_mask=MASK, **GREEDY)
+    assert len(decode) == 29
+    assert both.compute < meter.compute
+
+
+def test_a_table_without_a_profile_holds_too():
+    adapted = tiny_adapted("llama")
+    adapted.dial = replace(adapted.dial, profile={})
+    with spend(middle(adapted), hold=True) as meter:
+        adapted.generate(PROMPTS, attention_mask=MASK, **GREEDY)
+    assert meter.compute == pytest.approx(middle(adapted), abs=0.02)
+
+
+def test_a_model_that_cannot_hold_runs_as_it_is():
+    adapted = Adapted(tiny_model(), Method())
+    assert not adapted.can_hold
+    with spend(1.0, hold=True):
+        assert adapted.account(2) is None
+
+
+def test_holding_that_cannot_be_is_refused(llama):
+    with pytest.raises(SettingError, match="hold=True: must be False where no compute is given"):
+        llama.generate(PROMPTS, attention_mask=MASK, hold=True, **GREEDY)
+    for given in ({"compute": 0.9, "hold": True}, {}):
+        with (
+            spend(0.9, hold=True),
+            pytest.raises(SettingError, match="hold=True: must be False with drafts"),
+        ):
+            llama.generate(PROMPTS, attention_mask=MASK, speculate="prompt_lookup", **given, **GREEDY)
+
+
+# -- the parts
+
+
+def table() -> Table:
+    return Table(DIAL, SMOLLM2, "m")
+
+
+def test_the_table_finds_the_place_that_saves_what_is_wanted():
+    one = table()
+    total = SMOLLM2.token_flops / 2
+    places = one.find(0, np.array([-1.0, 0.1, 0.2, 0.3, 0.9]) * total)
+    assert places == pytest.approx([1e-3, 1, 1.5, 2, 3], abs=1e-3)
+    assert [len(group) for group in one.groups] == [2] * 15
+    halfway = one.find(0, np.array([0.2 * total]))
+    assert one.setting(halfway)[0] == pytest.approx(DIAL.native(0.8)["m"], rel=1e-3)
+    assert one.setting(np.array([0.5]))[0] == pytest.approx(DIAL.native(0.95)["m"], rel=1e-6)
+
+
+def test_a_profile_says_which_layers_save():
+    shares = tuple((1.0,) * 15 + (1 - k / 3,) * 15 for k in range(4))
+    one = Table(replace(DIAL, profile={"m": shares}), SMOLLM2, "m")
+    assert one.of_group[0, 3] < one.of_group[-1, 3] / 4
+    assert one.of_group.sum(0) == pytest.approx((1 - np.array(DIAL.compute)) * SMOLLM2.token_flops / 2)
+
+
+def test_a_step_makes_up_for_what_went_before_within_the_table():
+    asked = np.array([0.8, 0.8, 0.8, 1.0])
+    account = Account.new(table(), 4)
+    weights = SMOLLM2.token_flops / 2
+    account.balance = np.array([0.0, -2.0, 2000.0, -2.0]) * weights
+    values = account.step(asked).values
+    assert values[1] > values[0] > values[2] > 0
+    assert values[3] == 0
+    assert values[1] <= 1.0
+    account.balance[:] = -1e6 * weights
+    assert account.step(asked).values[:3] == pytest.approx([1.0] * 3)
+
+
+def test_a_row_that_saves_less_than_expected_is_asked_for_more():
+    account = Account.new(table(), 1)
+    asked = np.array([0.8])
+    first = account.step(asked)
+    saved = np.interp(first.places, account.table.points, account.table.tails[0])
+    first.close(saved)
+    usual = account.step(asked).values
+    for _ in range(20):
+        account.step(asked).close(saved / 2)
+    account.balance[:] = 0
+    assert account.step(asked).values > usual
