@@ -68,13 +68,14 @@ class RowCache(KVCache):
         """One row by itself, on the same memory as long as it need not grow."""
         view = object.__new__(KVCache)
         view.keys, view.values = self.keys[:, row : row + 1], self.values[:, row : row + 1]
-        view.lengths, view.starts = self.lengths[row : row + 1], self.starts[row : row + 1]
+        view.lengths, view.starts, view.plans = self.lengths[row : row + 1], self.starts[row : row + 1], {}
         return view
 
     def _show(self, count: int) -> None:
         self.keys, self.values = self._keys[:, :count], self._values[:, :count]
         self.lengths = self.lengths[:count]
         self.starts = torch.zeros(count, dtype=torch.int32)
+        self.plans = {}  # which would keep the memory of before alive
 
     def _grow(self, num_rows: int, num_slots: int) -> None:
         shown, used = len(self.lengths), int(self.lengths.max()) if len(self.lengths) else 0
