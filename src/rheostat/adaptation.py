@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,12 +122,7 @@ def adapt(
         if train.tokens:
             adapted.dial = calibrate(adapted, held, progress=progress)
             trained_on = _digest(key, facts["train"], hashlib.sha256(held.numpy().tobytes()).hexdigest())
-
-            def settle() -> dict[str, Any]:
-                generator = torch.Generator().manual_seed(seed)
-                some = windows[: train.settle_windows]
-                return method.settle(model, some, generator=generator, progress=progress)
-
+            settle = partial(_settle, adapted, windows[: train.settle_windows], seed, progress)
             facts["trained"] = _train(
                 adapted, tokenizer, texts, train, teacher, settle, seed, work, trained_on, progress
             )
@@ -209,6 +205,12 @@ def _train(
             seed=seed,
             progress=progress,
         )
+
+
+def _settle(adapted: Adapted, windows: torch.Tensor, seed: int, progress: Progress) -> dict[str, Any]:
+    """What the method solves anew for weights that have been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    return adapted.method.settle(adapted.model, windows, generator=generator, progress=progress)
 
 
 def _named(data: Any) -> str:

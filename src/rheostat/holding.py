@@ -16,6 +16,7 @@ All sums are whole numbers of weights, and no row sees another's, so a row in a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,6 +141,10 @@ class Account:
         share = np.minimum(1, PROMPT_MEMORY / np.maximum(counts, 1))
         self.saved, self.expected = self.saved * fade + saved * share, self.expected * fade + expected * share
         self.balance, self.tokens = balance, self.tokens + counts
+
+
+NewAccount = Callable[[int], Account | None]
+"""For a number of rows: what holds them to what they asked for, if anything does."""
 
 
 class Step:

@@ -14,7 +14,7 @@ from torch import nn
 from rheostat import families
 from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
 from rheostat.geometry import Geometry
-from rheostat.holding import Account, Reading, Step
+from rheostat.holding import Account, NewAccount, Reading, Step
 from rheostat.methods.base import MeteredFFN
 from rheostat.spending import Pass, current_pass, current_phase, current_spending, enter_pass
 
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 Settings = Callable[[str, int, torch.device], dict[str, torch.Tensor]]
 """From a phase, a number of rows B and a device: name of a dial -> native settings [B]."""
-
-NewAccount = Callable[[int], Account | None]
-"""For a number of rows: what holds them to what they asked for, if anything does."""
 
 
 class PassHooks:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.generation import GenerationMode, StoppingCriteriaList, StopStringCriteria
 
-from rheostat.holding import Account
+from rheostat.holding import NewAccount
 from rheostat.runtime.batch import Batch
 from rheostat.runtime.building import Unsupported
 from rheostat.runtime.engine import Runtime, Settings
@@ -23,9 +23,6 @@ from rheostat.spending import current_spending
 
 SettingsOf = Callable[[str, int], Settings]
 """(phase, rows) -> the native settings that the enclosing `spend` asks for."""
-
-NewAccount = Callable[[int], Account | None]
-"""For a number of rows: what holds them to what they asked for, if anything does."""
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 

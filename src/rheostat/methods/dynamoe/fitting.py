@@ -157,11 +157,9 @@ def _solve_router(
     gradient: torch.Tensor | None,
     generator: torch.Generator,
 ) -> dict[str, Any]:
-    """The router of one layer whose slices stay: arguments as of `_solve`."""
+    """The router of one layer whose slices stay: arguments as of `_solve`, with the gradients of all tokens."""
     inside, norm = _tokens(x, middle)
-    num_labelled = len(inside) if gradient is None else len(gradient)
     root = None if gradient is None else fisher_root(gradient.float())
-    inside, norm = inside[:num_labelled], norm[:num_labelled]
     return _teach(method, ffn, contribute, _hidden(ffn, inside), inside, norm, gradient, root, generator)
 
 
