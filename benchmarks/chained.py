@@ -3,10 +3,10 @@
     python benchmarks/chained.py smol-kvp smol-dial --out smol-chain --data novels=a.txt,wikitext=b.txt > chain.json
 
 The first artifact's method and the second's are chained on the second's model; both must come from the same base. The
-chain's dial is measured jointly, and saved with it in OUT; the dials of each method alone are measured on the same
-windows in the same way. Then, on windows of each text, a prompt is read and an answer scored at each `compute`: by the
-chain, and by each method alone with the other at its neutral setting. All sides have the same windows, and errors are
-of differences from the dense model window by window.
+chain's dial is measured jointly, from settings that are even steps of the artifacts' own dials, and saved with it in
+OUT; the dials of each method alone are measured on the same windows in the same way. Then, on windows of each text, a
+prompt is read and an answer scored at each `compute`: by the chain, and by each method alone with the other at its
+neutral setting. All sides have the same windows, and errors are of differences from the dense model window by window.
 
 `--resume FILE` takes the dials from an earlier run's output. The last line is one JSON object.
 """
@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 import rheostat
-from rheostat import calibration, joint
+from rheostat import joint
 from rheostat.adapted import Adapted
 from rheostat.dial import Dial
 from rheostat.meter import Meter
@@ -38,34 +39,36 @@ DRAWN = 16
 """Windows that are drawn of a text, however many are read: another number would draw others."""
 
 
-def chain_of(folders: list[str], dtype: torch.dtype) -> tuple[Adapted, Any]:
-    """The methods of two artifacts on the model of the second, and its tokenizer."""
-    states, methods, digests, plain, tokenizer = {}, [], [], None, None
+def chain_of(folders: list[str], dtype: torch.dtype) -> tuple[Adapted, list[Dial], Any]:
+    """The methods of two artifacts on the model of the second, their own dials, and the tokenizer."""
+    states, methods, digests, dials, tokenizer = {}, [], [], [], None
     for folder in folders:
         adapted, tokenizer = rheostat.load(folder, dtype=dtype)
         method = adapted.method
         methods.append(method)
+        dials.append(adapted.dial)
         states |= {f"{method.name}/{name}": one.clone() for name, one in method.state(adapted.model).items()}
         digests.append(adapted.report.get("base_digest"))
-        plain = adapted.detach()
     if len(set(digests)) > 1:
         raise SystemExit(f"{' and '.join(folders)} were made from different models")
+    plain = AutoModelForCausalLM.from_pretrained(folders[-1], dtype=dtype).eval()  # its channels in the learned order
     chain = Chain(methods)
     made = Adapted(plain, chain, report={"base_digest": digests[0]})
     chain.load_state(made.model, states)
-    return made, tokenizer
+    return made, dials, tokenizer
 
 
-def measure_dials(adapted: Adapted, windows: torch.Tensor) -> dict[str, Dial]:
+def measure_dials(adapted: Adapted, own: list[Dial], windows: torch.Tensor) -> dict[str, Dial]:
     """The chain's dial, and of each method alone one that was measured as the chain's was; each step is told."""
 
     def tell(what: str, done: int, total: int) -> None:
         print(f"{what}: {done}, {time.process_time():.0f} s of CPU", file=sys.stderr, flush=True)
 
-    dials = {"chain": calibration.calibrate(adapted, windows, progress=tell)}
-    for method in adapted.method.dialled():
-        levels = list(dict.fromkeys(dials["chain"].settings[method.name]))
-        dials[method.name] = joint.walk(adapted, [method], [levels], windows, tell)
+    methods, answers = adapted.method.dialled(), joint.Answers(adapted, windows)
+    levels = [joint.levels_of(dial, method.name) for dial, method in zip(own, methods, strict=True)]
+    dials = {"chain": joint.walk(answers, methods, levels, tell)}
+    for method, values in zip(methods, levels, strict=True):
+        dials[method.name] = joint.walk(answers, [method], [values], tell)
     return dials
 
 
@@ -170,13 +173,13 @@ def main(given: list[str]) -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--seed", type=int, default=5)
     args = parser.parse_args(given)
-    adapted, tokenizer = chain_of(args.artifacts, getattr(torch, args.dtype))
+    adapted, own, tokenizer = chain_of(args.artifacts, getattr(torch, args.dtype))
     if args.resume:
         told = json.loads(Path(args.resume).read_text().splitlines()[-1])["dials"]
         dials = {name: Dial.from_dict(one) for name, one in told.items()}
     else:
         windows = pack(tokenizer, read_texts(args.held_out), length=args.length, limit=args.dial_windows)
-        dials = measure_dials(adapted, windows)
+        dials = measure_dials(adapted, own, windows)
     adapted.dial = dials["chain"]
     for name, dial in dials.items():
         for point, compute in enumerate(dial.compute):

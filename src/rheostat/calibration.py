@@ -79,7 +79,7 @@ def calibrate(adapted: Adapted, windows: torch.Tensor, *, progress: Progress = n
     dialled = adapted.method.dialled()
     if len(dialled) > 1:
         levels = [_levels(adapted, method, windows, progress) for method in dialled]
-        return joint.walk(adapted, dialled, levels, windows, progress)
+        return joint.walk(joint.Answers(adapted, windows), dialled, levels, progress)
     return _calibrate_one(adapted, dialled[0], windows, progress) if dialled else Dial()
 
 

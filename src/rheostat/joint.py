@@ -18,7 +18,7 @@ import torch
 from rheostat.adapted import Adapted
 from rheostat.dial import Dial
 from rheostat.meter import Meter
-from rheostat.methods.base import Method, Progress
+from rheostat.methods.base import Method, Progress, no_progress
 from rheostat.spending import in_phase, spend
 
 if TYPE_CHECKING:
@@ -90,12 +90,13 @@ def _log_shares(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 class Answers:
     """What settings spend, and how far they are from the dense model, on windows [N, T] of which the first part is a
-    prompt and the rest is written after it."""
+    prompt and the rest is written after it. Nothing is measured twice."""
 
     def __init__(self, adapted: Adapted, windows: torch.Tensor) -> None:
-        self.adapted = adapted
+        self.adapted, self.windows = adapted, windows
         self.batches = windows.to(adapted.device).split(max(1, BATCH_TOKENS // windows.shape[1]))
         self.dense = [Words.of(logits) for logits in self._logits({}, Meter(keep_passes=False))]
+        self.measured: dict[tuple[float, ...], tuple[float, float]] = {}
 
     @torch.no_grad()
     def _logits(self, native: dict[str, float], meter: Meter) -> Iterator[torch.Tensor]:
@@ -105,12 +106,17 @@ class Answers:
             yield logits
 
     def measure(self, native: dict[str, float]) -> tuple[float, float]:
-        """`compute`, and divergence in nats a token, at a native setting of several methods."""
-        meter = Meter(keep_passes=False)
-        found = [
-            dense.divergence(logits) for dense, logits in zip(self.dense, self._logits(native, meter), strict=True)
-        ]
-        return meter.compute, float(torch.cat(found).mean())
+        """`compute`, and divergence in nats a token, at a native setting; methods left out are at their neutral one."""
+        dialled = self.adapted.method.dialled()
+        key = tuple(native.get(method.name, method.neutral()) for method in dialled)
+        if key == tuple(method.neutral() for method in dialled):
+            return 1.0, 0.0
+        if key not in self.measured:
+            native, meter = {m.name: one for m, one in zip(dialled, key, strict=True)}, Meter(keep_passes=False)
+            pairs = zip(self.dense, self._logits(native, meter), strict=True)
+            apart = torch.cat([dense.divergence(logits) for dense, logits in pairs]).mean()
+            self.measured[key] = meter.compute, float(apart)
+        return self.measured[key]
 
 
 def levels_of(own: Dial, name: str) -> tuple[float, ...]:
@@ -121,11 +127,7 @@ def levels_of(own: Dial, name: str) -> tuple[float, ...]:
 
 
 def walk(
-    adapted: Adapted,
-    dialled: Sequence[Method],
-    levels: Sequence[Sequence[float]],
-    windows: torch.Tensor,
-    progress: Progress,
+    answers: Answers, dialled: Sequence[Method], levels: Sequence[Sequence[float]], progress: Progress = no_progress
 ) -> Dial:
     """The dial of several methods: a path from dense to cheapest, along the measured front of quality against compute.
 
@@ -133,21 +135,16 @@ def walk(
     saves. So no method is ever turned back, and `compute` falls.
 
     Args:
+        answers: what says how good a setting is.
         levels: of each method, the settings that it offers, its neutral one first.
-        windows: [N, T], held out.
     """
-    measured: dict[At, tuple[float, float]] = {(0,) * len(dialled): (1.0, 0.0)}
-    progress("measuring joint settings", 0, 1)
-    answers = Answers(adapted, windows)
 
     def native(at: At) -> dict[str, float]:
         return {m.name: own[i] for m, own, i in zip(dialled, levels, at, strict=True)}
 
     def measure(at: At) -> tuple[float, float]:
-        if at not in measured:
-            progress("measuring joint settings", len(measured), len(measured) + 1)
-            measured[at] = answers.measure(native(at))
-        return measured[at]
+        progress("measuring joint settings", len(answers.measured), len(answers.measured) + 1)
+        return answers.measure(native(at))
 
     def price(start: At, end: At) -> float:
         (spent, apart), (less, further) = measure(start), measure(end)
@@ -160,7 +157,8 @@ def walk(
     for at in path[1:]:
         if measure(at)[0] < measure(kept[-1])[0] - 1e-7:
             kept.append(at)
-    progress("measuring joint settings", len(measured), len(measured))
+    progress("measuring joint settings", len(answers.measured), len(answers.measured))
+    windows = answers.windows
     about: dict[str, Any] = {"windows": len(windows), "tokens": windows.numel(), "length": windows.shape[1]}
     about |= {"prompt_share": PROMPT_SHARE, "divergence": [round(measure(at)[1], 5) for at in kept]}
     settings = {m.name: tuple(native(at)[m.name] for at in kept) for m in dialled}

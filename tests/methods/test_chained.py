@@ -90,12 +90,28 @@ def test_rows_say_what_was_spent_and_start_from_the_dense_model(ran):
 
 def test_it_scores_what_the_model_would_write(program, artifacts, tiny_text):
     """The answer's losses at the neutral setting are those of one plain pass."""
-    adapted, _ = program.chain_of(artifacts, torch.float32)
+    adapted, _, _ = program.chain_of(artifacts, torch.float32)
     windows = tiny_windows(2, 40, seed=4)
     with torch.no_grad():
         logits = program.answer_logits(adapted, windows, 9)
         plain = adapted.detach()(windows).logits[:, -10:-1]
     assert torch.allclose(logits, plain, atol=1e-4)
+
+
+@torch.no_grad()
+def test_each_method_computes_in_the_chain_what_it_does_alone(program, artifacts):
+    chain, dials, _ = program.chain_of(artifacts, torch.float32)
+    windows = tiny_windows(2, 40, seed=4)
+    for folder, dial in zip(artifacts, dials, strict=True):
+        alone, _ = rheostat.load(folder)
+        (name,) = dial.settings
+        native = {name: dial.settings[name][-1]}
+        with rheostat.spend(native=native):
+            expected = program.answer_logits(alone, windows, 9)
+        with rheostat.spend(native=native):
+            found = program.answer_logits(chain, windows, 9)
+        assert torch.allclose(found, expected, atol=1e-4)
+        assert not torch.allclose(found, program.answer_logits(chain, windows, 9), atol=1e-2)
 
 
 def test_methods_of_different_models_are_refused(program, artifacts, tmp_path, tiny_tokenizer):
