@@ -37,6 +37,7 @@ LAYERS = (
     ("holding",),
     ("runtime.*", "passes"),
     ("adapted",),
+    ("joint",),
     ("decode", "calibration"),
     ("artifact",),
     ("lean",),
