@@ -62,6 +62,14 @@ def refused(rheostat: Rheostat) -> Callable[..., str]:
     return call
 
 
+@pytest.fixture
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of a report are laid out and written but not painted, which takes seconds: for tests of what else it
+    holds."""
+    monkeypatch.setattr("rheostat.report.writing.png", lambda figure: b"")
+    monkeypatch.setattr("rheostat.report.page.svg", lambda figure, name, label: f"<svg id={name!r}></svg>")
+
+
 @pytest.fixture(scope="session")
 def adapt_arguments(tiny_model_folder: Path, tiny_text: Path) -> list[str]:
     """An `adapt` of the tiny model that takes a moment; --out is missing."""
