@@ -155,7 +155,8 @@ def _round(state: State, written: _Written, ending: Ending, drafter: Drafter, pa
     logits = _check(state, draft)
     token_ids, lengths = draft.token_ids.tolist(), draft.lengths.tolist()
     num_kept, following = _accept(state, draft, logits, token_ids, lengths, was_active)
-    pace.note(*(list(compress(one, was_active)) for one in (lengths, num_kept)), drafted - begun, drafted)
+    tried, right = (list(compress(one, was_active)) for one in (lengths, num_kept))
+    pace.note(tried, right, drafted - begun, drafted)
     drops = _advance(state, token_ids, num_kept, following, was_active)
     new = _join(token_ids, num_kept, following)
     before = written.longest
