@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +21,16 @@ from typing import Any
 
 import numpy as np
 
+Question = tuple[str, list[str], int]
+"""Context, choices, and which is right."""
+
 APART = 0.012
 """How far from what held rows spent the table's two settings are to spend."""
 TRIAL = 30
 """Rows from which it is told what the table spends."""
 
 
-def questions(folder: Path, name: str, number: int) -> list[tuple[str, list[str], int]]:
+def questions(folder: Path, name: str, number: int) -> list[Question]:
     """Context, choices and the right one of the first rows of a task."""
     from rheostat.eval.tasks.choice import _arc, _hellaswag
     from rheostat.eval.tasks.local import rows
@@ -43,7 +47,7 @@ def questions(folder: Path, name: str, number: int) -> list[tuple[str, list[str]
     ]
 
 
-def scored(lm: Any, asked: float, is_held: bool, given: Sequence[tuple[str, list[str], int]]) -> dict[str, Any]:
+def scored(lm: Any, asked: float, is_held: bool, given: Sequence[Question]) -> dict[str, Any]:
     """What each row's choices got, in nats, and what all of it spent."""
     lm.hold = is_held
     lm.open(asked)
@@ -54,35 +58,41 @@ def scored(lm: Any, asked: float, is_held: bool, given: Sequence[tuple[str, list
 
 
 def run(args: argparse.Namespace) -> None:
-    """Score all that is not in the file yet."""
+    """Score what is not in the file yet, until the time is over."""
     import rheostat
     from rheostat.eval.harness import make_lm
 
+    began = time.monotonic()
     adapted, tokenizer = rheostat.load(args.model, dtype=args.dtype)
     lm = make_lm(adapted, tokenizer)
-    for spec in args.tasks.split(","):
-        name, number = spec.split(":")
-        given = questions(args.data, name, int(number))
-        gold = [one[2] for one in given]
-        low = adapted.dial.low
-        grid = np.linspace(low, 0.9, 5)
-        # The table's spending on this kind of text, so that its two settings meet what held rows spend.
-        trial = [scored(lm, float(asked), False, given[:TRIAL])["spent"] for asked in grid]
+    done = {one["key"]: one for one in read(args.out)}
 
-        def write(
-            asked: float, is_held: bool, goal: float, name: str = name, given: Any = given, gold: Any = gold
-        ) -> float:
-            one = scored(lm, asked, is_held, given) | {"task": name, "gold": gold, "goal": goal}
+    def once(key: str, asked: float, is_held: bool, given: Sequence[Question]) -> dict[str, Any]:
+        if key not in done:
+            if time.monotonic() - began > args.seconds:
+                raise SystemExit("the time is over: run it again to go on")
+            gold = [one[2] for one in given]
+            done[key] = scored(lm, asked, is_held, given) | {"key": key, "gold": gold, "task": key.split()[0]}
             with args.out.open("a") as file:
-                file.write(json.dumps(one) + "\n")
-            print(name, f"asked {asked:.3f} held {is_held} spent {one['spent']:.4f}", flush=True)
-            return float(one["spent"])
+                file.write(json.dumps(done[key]) + "\n")
+            print(key, f"asked {asked:.3f} spent {done[key]['spent']:.4f}", flush=True)
+        return done[key]
 
-        write(1.0, False, 1.0)
+    for name, number in (spec.split(":") for spec in args.tasks.split(",")):
+        given = questions(args.data, name, int(number))
+        # The table's spending on this kind of text, so that its two settings meet what held rows spend.
+        grid = np.linspace(adapted.dial.low, 0.9, 4)
+        trial = [once(f"{name} trial {asked:.3f}", float(asked), False, given[:TRIAL])["spent"] for asked in grid]
+        once(f"{name} dense", 1.0, False, given)
         for goal in args.computes:
-            spent = write(goal, True, goal)
+            spent = once(f"{name} held {goal}", goal, True, given)["spent"]
             for side in (-APART, APART):
-                write(float(np.interp(spent + side, trial, grid)), False, goal)
+                once(f"{name} table {goal} {side}", float(np.interp(spent + side, trial, grid)), False, given)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """What was scored."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def figures(one: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -96,23 +106,24 @@ def figures(one: dict[str, Any]) -> dict[str, np.ndarray]:
 def compare(found: list[dict[str, Any]]) -> Iterator[str]:
     """A line for each task, setting and figure."""
     for name in dict.fromkeys(one["task"] for one in found):
-        mine = [one for one in found if one["task"] == name]
+        mine = [one for one in found if one["task"] == name and "trial" not in one["key"]]
         dense = figures(next(one for one in mine if one["asked"] == 1))
         free = sorted((one for one in mine if not one["held"]), key=lambda one: one["spent"])
         for held in (one for one in mine if one["held"]):
             below = [one for one in free if one["spent"] <= held["spent"]] or free[:1]
             above = [one for one in free if one["spent"] > held["spent"]]
+            if not above:
+                continue
             low, high = below[-1], above[0]
             share = (held["spent"] - low["spent"]) / (high["spent"] - low["spent"])
             for what, rows in figures(held).items():
                 table = (1 - share) * figures(low)[what] + share * figures(high)[what]
                 difference = rows - table
                 error = difference.std(ddof=1) / len(difference) ** 0.5
-                yield (
-                    f"{name} {len(rows)} rows, asked {held['asked']}, spent {held['spent']:.4f} "
-                    f"(table {low['spent']:.4f} to {high['spent']:.4f}), {what}: dense {dense[what].mean():.4f}, table {table.mean():.4f}, "
-                    f"held {rows.mean():.4f}, held - table {difference.mean():+.4f} +- {error:.4f}"
-                )
+                yield f"{name} {len(rows)} rows, asked {held['asked']}, {what}:"
+                yield f"  dense {dense[what].mean():.4f}, held {rows.mean():.4f} at {held['spent']:.4f} spent"
+                yield f"  table {table.mean():.4f} there (between {low['spent']:.4f} and {high['spent']:.4f})"
+                yield f"  held - table {difference.mean():+.4f} +- {error:.4f}"
 
 
 def main() -> None:
@@ -125,13 +136,14 @@ def main() -> None:
     one.add_argument("--out", type=Path, required=True)
     one.add_argument("--tasks", default="arc_easy:200,openbookqa:200")
     one.add_argument("--computes", type=lambda text: [float(part) for part in text.split(",")], default=[0.8, 0.7])
+    one.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after so long")
     one.add_argument("--dtype", default="bfloat16")
     kinds.add_parser("show").add_argument("file", type=Path)
     args = parser.parse_args()
     if args.kind == "run":
         run(args)
     else:
-        print(*compare([json.loads(line) for line in args.file.read_text().splitlines()]), sep="\n")
+        print(*compare(read(args.file)), sep="\n")
 
 
 if __name__ == "__main__":
