@@ -133,15 +133,14 @@ def prefill_held(
     parts = Parts.of(np.arange(max(prompt.lengths)) < np.array(prompt.lengths)[:, None], prompt.pasts)
     owners = np.arange(len(asked)).repeat(prompt.lengths)
     places = parts.places[owners, prompt.positions.numpy() - np.array(prompt.pasts)[owners]]  # [N]
-    reading, num_parts = account.prompt(asked, parts, is_last=is_last), parts.counts.shape[1]
+    reading, bins = account.prompt(asked, parts, is_last=is_last), owners * parts.counts.shape[1] + places
     experts: list[torch.Tensor] = []
     for layers in account.table.groups:
         settings = torch.from_numpy(reading.by_part(layers.start)[owners, places]).float()
         found = run_layers(weights, layers, h, prompt, cache, settings, rope)
-        for layer, chosen in zip(layers, found or (), strict=False):
-            saved = saved_weights(weights.layers[layer].ffn)[chosen.numpy()]
-            sums = np.bincount(owners * num_parts + places, saved, len(asked) * num_parts)
-            reading.took_parts(layer, sums.reshape(len(asked), num_parts))
+        pairs = zip(layers, found or (), strict=False)
+        saved = sum(saved_weights(weights.layers[layer].ffn)[chosen.numpy()] for layer, chosen in pairs)  # [N]
+        reading.took_parts(layers[-1], np.bincount(bins, saved, parts.counts.size).reshape(parts.counts.shape))
         experts += found or ()
     set_lengths(cache, prompt)
     return rms_norm(h[prompt.lasts], weights.final_norm, weights.eps), experts or None
@@ -150,7 +149,12 @@ def prefill_held(
 def saved_weights(ffn: FFNWeights) -> np.ndarray:
     """[E] int64, the weights that a token leaves out with each expert, less those of the router."""
     assert ffn.router is not None
-    return 3 * ffn.router.hidden_size * (ffn.sizes[-1] - np.array(ffn.sizes)) - ffn.router.num_weights
+    return _saved_weights(tuple(ffn.sizes), ffn.router.hidden_size, ffn.router.num_weights)
+
+
+@functools.lru_cache(maxsize=256)
+def _saved_weights(sizes: tuple[int, ...], hidden_size: int, num_router_weights: int) -> np.ndarray:
+    return 3 * hidden_size * (sizes[-1] - np.array(sizes)) - num_router_weights
 
 
 def embed(weights: DecoderWeights, prompt: Prompt) -> torch.Tensor:
