@@ -14,7 +14,7 @@ from torch import nn
 from rheostat import families
 from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
 from rheostat.geometry import Geometry
-from rheostat.holding import Account, NewAccount, Reading, Step
+from rheostat.holding import Account, NewAccount, Parts, Reading, Step
 from rheostat.methods.base import MeteredFFN
 from rheostat.spending import Pass, current_pass, current_phase, current_spending, enter_pass
 
@@ -124,8 +124,8 @@ class PassHooks:
         if valid.shape[1] == 1 and phase == "decode":
             return account.step(asked)
         if isinstance(kept, int) and kept == 1:  # a prompt
-            return account.read(asked, counts.sum(1, keepdims=True), np.ones((num_rows, 1)))
-        return account.read(asked, counts, counts)
+            return account.prompt(asked, Parts.of(counts > 0, _befores(num_rows, past, mask)))
+        return account.text(asked, counts)
 
     def _bill_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         one, spending = current_pass(), current_spending()
@@ -177,9 +177,13 @@ def _new_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tenso
 
 def _begun(account: Account, valid: torch.Tensor, past: int, mask: torch.Tensor | None) -> Account:
     """An account of rows with a past that nobody held."""
-    before = [past] * len(valid) if mask is None else mask[:, :past].sum(1).tolist()
-    account.skip(before)
+    account.skip(_befores(len(valid), past, mask))
     return account
+
+
+def _befores(num_rows: int, past: int, mask: torch.Tensor | None) -> list[int]:
+    """Tokens of each row in a cache of `past`, padding left out."""
+    return [past] * num_rows if mask is None else mask[:, :past].sum(1).tolist()
 
 
 def _plain_mask(mask: Any, num_rows: int, num_tokens: int, past: int) -> torch.Tensor | None:
