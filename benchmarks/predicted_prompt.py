@@ -13,7 +13,8 @@ Quality: perplexity of the tokens after a prompt, read at each depth, beside wha
 - `none`: the whole model on the prompt's last token alone.
 
 Time: to the first token, and to several, against stock `transformers` on the same weights and against our own runtime
-through all layers, interleaved, ratios round by round, each as median and quartiles. The last line is one JSON object.
+through all layers, interleaved, ratios round by round, each as median and quartiles; with `--beside` also the first and
+the even k layers alone and a share of the tokens, on the same runtime. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -108,16 +109,30 @@ def quality(
     return rows
 
 
+Timed = dict[str, tuple[Any, dict[str, Any], float]]
+"""Name of a side -> the model, what `generate` takes beside the prompt, and the share of the prompt that it reads."""
+
+
+def timed_sides(adapted: Adapted, stock: Any, depths: dict[float, int], beside: set[int]) -> Timed:
+    """Stock, the runtime through all layers, and each depth; on the same runtime, what else could be had at a depth."""
+    sides: Timed = {"stock": (stock, {}, 1.0), "all layers": (adapted, {"compute": 1.0}, 1.0)}
+    for compute, depth in depths.items():
+        sides[f"depth {depth}"] = (adapted, {"compute": {"prefill": compute}}, 1.0)
+        if depth in beside:
+            sides[f"first {depth}"] = (Adapted(first_layers(adapted.model, depth)), {"runtime": "native"}, 1.0)
+            sides[f"even {depth}"] = (Adapted(even_layers(adapted.model, depth)), {"runtime": "native"}, 1.0)
+        if beside:  # which tokens are kept makes no difference to the time
+            sides[f"dropped {depth}"] = (adapted, {"compute": 1.0}, compute)
+    return sides
+
+
 def clock(
-    adapted: Adapted, stock: Any, lengths: list[int], depths: dict[float, int], news: list[int], rounds: int
+    adapted: Adapted, sides: Timed, lengths: list[int], depths: dict[float, int], news: list[int], rounds: int
 ) -> list[dict[str, Any]]:
-    """Seconds to the first token and to several: stock, the runtime through all layers, and each depth, in turns.
+    """Seconds to the first token and to several, sides in turns.
 
     Prompts are long ones cut; every call is `generate` as a whole.
     """
-    sides: dict[str, tuple[Any, dict[str, Any]]] = {"stock": (stock, {}), "all layers": (adapted, {"compute": 1.0})}
-    for compute, depth in depths.items():
-        sides[f"depth {depth}"] = (adapted, {"compute": {"prefill": compute}})
     rows = []
     for length in lengths:
         prompt = torch.randint(5, adapted.geometry.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
@@ -125,9 +140,10 @@ def clock(
         for turn in range(rounds + 1):
             order = list(sides.items())[:: -1 if turn % 2 else 1]
             for new in news:
-                for name, (model, extra) in order:
+                for name, (model, extra, share) in order:
+                    cut = prompt[:, : round(share * length)]
                     started = time.perf_counter()
-                    model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, **extra)
+                    model.generate(cut, max_new_tokens=new, min_new_tokens=new, do_sample=False, **extra)
                     if turn:
                         kept[name, new].append(time.perf_counter() - started)
         promised = _promised(adapted, length, depths)
@@ -183,6 +199,7 @@ def main(given: list[str]) -> None:
     parser.add_argument("--answer", type=int, default=128)
     parser.add_argument("--time", default="", help="prompt lengths, separated by commas")
     parser.add_argument("--new", default="1,2,16,64")
+    parser.add_argument("--beside", default="", help="depths at which to time the small models and dropping, too")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seed", type=int, default=5)
@@ -207,7 +224,9 @@ def main(given: list[str]) -> None:
     if args.time:
         stock = rheostat.load("smollm2-135m", dtype=getattr(torch, args.dtype))[0]
         lengths, news = ([int(one) for one in text.split(",")] for text in (args.time, args.new))
-        figures["time"] = clock(adapted, stock, lengths, depths, news, args.rounds)
+        beside = {int(one) for one in filter(None, args.beside.split(","))}
+        sides = timed_sides(adapted, stock, depths, beside)
+        figures["time"] = clock(adapted, sides, lengths, depths, news, args.rounds)
     figures["provenance"] = provenance(seed=args.seed, base_digest=adapted.report.get("base_digest"))
     print(json.dumps(figures))
 

@@ -31,7 +31,7 @@ class Offline:
         message = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        with spend(compute, keep_passes=False):
+        with spend(compute, keep_passes=False, hold=True):
             steps = stream(self.loaded.adapted, ids, max_new_tokens=self.longest, eos_token_ids=self._ends)
             return [int(step.token_ids[0]) for step in steps]
 

@@ -12,9 +12,9 @@ Three sides, on the same batches in the same order, all of the loss from the den
 
 `train` takes each batch through all sides, so that they share the dense model's pass, at a constant rate after a
 warm-up; it goes on from the last state in OUT, and after `--seconds` it stops. `measure` takes what is there:
-perplexity after a prompt at each stop, nats of right answers at the last stop (and of `predicted` before the first
-step), beside the dense model's and those after a random share of the prompt's tokens. It writes one JSON object a line
-to OUT/figures.jsonl; what is in there is not done again.
+perplexity after a prompt at each stop, nats of right answers at the last stop (with `--every` at each; of `predicted`
+before the first step, too), beside the dense model's and those after a random share of the prompt's tokens. It writes
+one JSON object a line to OUT/figures.jsonl; what is in there is not done again.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ SIDES = ("predicted", "first", "even")
 BATCH, LENGTH, WARM_UP = 2, 512, 4
 CLIP = 1.0
 CALIBRATION = "builtin:calibration"
+DRAWN = 16
+"""Windows that are drawn of a text, however many are read: another number would draw others."""
 
 
 class Side:
@@ -193,7 +195,7 @@ def measure_all(sides: list[Side], args: Any, stops: list[int], folder: Path) ->
     texts = {}
     for one in args.data.split(","):
         name, _, file = one.partition("=")
-        texts[name] = pack(tokenizer, read_texts(file), length=512, limit=args.windows, seed=args.seed)
+        texts[name] = pack(tokenizer, read_texts(file), length=512, limit=DRAWN, seed=args.seed)[: args.windows]
     asked = {}
     for one in args.tasks.split(","):
         name, _, rows = one.partition("=")
@@ -202,7 +204,8 @@ def measure_all(sides: list[Side], args: Any, stops: list[int], folder: Path) ->
     facts = provenance(seed=args.seed)
 
     def write(side: str, tokens: int, read: Reader) -> None:
-        chosen = asked if tokens == stops[-1] or (not tokens and side not in SIDES[1:]) else {}
+        is_asked = args.every or tokens == stops[-1] or (not tokens and side not in SIDES[1:])
+        chosen = asked if is_asked else {}
         row = {"side": side, "tokens": tokens} | measure(read, texts, chosen, args.answer)
         print(side, tokens, {name: round(sum(row[name]) / len(row[name]), 4) for name in texts}, flush=True)
         with lines.open("a") as file:
@@ -241,7 +244,8 @@ def main(given: list[str]) -> None:
     parser.add_argument("--data", help="name=file, several separated by commas")
     parser.add_argument("--task-data")
     parser.add_argument("--tasks", default="lambada_openai=0:40,nq_oracle=0:40", help="name=rows, as Python's slices")
-    parser.add_argument("--windows", type=int, default=8, help="of each text")
+    parser.add_argument("--every", action="store_true", help="ask the tasks' questions at every stop")
+    parser.add_argument("--windows", type=int, default=8, help=f"of each text, at most {DRAWN}")
     parser.add_argument("--share", type=float, default=0.55, help="of a prompt's tokens that random dropping leaves")
     parser.add_argument("--answer", type=int, default=128)
     parser.add_argument("--out", required=True)

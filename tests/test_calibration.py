@@ -74,45 +74,19 @@ def test_progress_is_told():
     assert told[-1][1] == told[-1][2]
 
 
-class Halves(Method):
-    """A method at another stage, with two settings that change nothing: free to turn, and not worth it."""
-
-    name = "halves"
-    stages = frozenset({"decode"})
-
-    def setting_range(self):
-        return (0.0, 2.0)
-
-    def steps(self, geometry):
-        return (1.0, 2.0)
-
-
-def test_a_joint_path_turns_one_method_at_a_time_and_never_back():
+def test_methods_together_choose_their_settings_on_few_windows(monkeypatch):
     adapted = Adapted(tiny_model(layers=4), Chain([KVPrediction(depths=(1, 2, 3)), DynaMoE(tile=4, router_steps=5)]))
     adapted.method.fit(adapted.model, tiny_windows(), generator=torch.Generator().manual_seed(0))
-    dial = calibrate(adapted, tiny_windows(seed=1))
-    depth, price = dial.settings["kv_prediction"], dial.settings["dynamoe"]
-    assert depth[0] == price[0] == 0.0
-    assert depth[-1] == 3.0
-    for (a, b), (c, d) in itertools.pairwise(zip(depth, price, strict=True)):
-        assert c >= a
-        assert d >= b
-    assert dial.measured_on["prompt_share"] == calibration.PROMPT_SHARE
-    # What the table says is what prompts and answers in that mix spend.
-    middle = len(depth) // 2
-    native = {"kv_prediction": depth[middle], "dynamoe": price[middle]}
-    spent, _ = calibration.measure_quality(adapted, tiny_windows(seed=1), native)
-    assert spent == pytest.approx(dial.compute[middle])
+    read, measured = [], calibration.measure_widths
 
+    def measuring(adapted, windows, native, batch_tokens=2048):
+        read.append((len(windows), *native))
+        return measured(adapted, windows, native, batch_tokens)
 
-def test_a_setting_that_saves_nothing_is_turned_last_and_left_out():
-    adapted = Adapted(tiny_model(), Method())
-    adapted.method = Chain([Halves(), DynaMoE(tile=4)])
-    adapted.method.methods[1].attach(adapted.model)
-    adapted.method.fit(adapted.model, tiny_windows(), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(calibration, "measure_widths", measuring)
     dial = calibrate(adapted, tiny_windows(seed=1))
-    assert set(dial.settings["halves"]) == {0.0}
-    assert dial.settings["dynamoe"][-1] > 0
+    assert set(read) == {(calibration.LEVEL_WINDOWS, "dynamoe")}  # depths are known without reading
+    assert dial.measured_on["windows"] == 12
 
 
 def test_the_table_says_how_wide_each_layer_was():

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from rheostat.adapted import Adapted
-from rheostat.calibration import calibrate
 from rheostat.cost import Cost, Parts
 from rheostat.errors import SettingError
 from rheostat.methods import METHODS, Chain, Method, make_method
@@ -17,7 +16,7 @@ from rheostat.methods.dynamoe import DynaMoE
 from rheostat.methods.kv_prediction import KVPrediction
 from rheostat.methods.quantspec import QuantSpec
 from rheostat.spending import spend
-from tests.tiny import CONTRACT_FAMILIES, tiny_model, tiny_windows
+from tests.tiny import CONTRACT_FAMILIES, tiny_fitted, tiny_model, tiny_solved, tiny_windows
 
 CASES: dict[str, Method] = {
     "dense": Method(),
@@ -53,11 +52,7 @@ every = [pytest.param(name, family, id=f"{name}-{family}") for name in CASES for
 
 def fitted(name: str, family: str) -> Adapted:
     """A tiny model adapted in closed form, its dial measured."""
-    adapted = Adapted(tiny_model(family), CASES[name])
-    generator = torch.Generator().manual_seed(0)
-    adapted.method.fit(adapted.model, tiny_windows(), generator=generator)
-    adapted.dial = calibrate(adapted, tiny_windows(seed=1))
-    return adapted
+    return tiny_fitted(CASES[name], family)
 
 
 def logits(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -120,7 +115,7 @@ def test_full_compute_is_the_dense_model(name, family):
 @pytest.mark.parametrize(("name", "family"), every)
 def test_state_and_settings_survive_a_round_trip(name, family):
     ids = tiny_windows(2)
-    adapted = fitted(name, family)
+    adapted = tiny_solved(CASES[name], family)
     again = Adapted(tiny_model(family), make_method(adapted.method.to_dict()), adapted.dial)
     assert again.method == adapted.method
     again.method.load_state(again.model, adapted.method.state(adapted.model))

@@ -12,7 +12,7 @@ from rheostat.adapted import Adapted
 from rheostat.decode import stream
 from rheostat.dial import Dial
 from rheostat.errors import SettingError
-from rheostat.holding import Account, Table
+from rheostat.holding import Account, Past, Table
 from rheostat.methods import Method
 from rheostat.spending import spend
 from tests.tiny import SMOLLM2, tiny_adapted, tiny_model, tiny_windows
@@ -93,9 +93,9 @@ def test_the_account_is_what_the_meter_says(qwen):
         for t in range(4):
             qwen.method.decode(qwen.model, PROMPTS[1:2, 10 + t : 11 + t], torch.ones(1, 21 + t), cache)
     account = qwen._hooks._accounts[cache]
-    beyond = asked - 2 * account.balance[0] / meter.dense.flops.flat
+    beyond = asked - 2 * account.rows[0].balance / meter.dense.flops.flat
     assert meter.compute == pytest.approx(beyond, abs=1e-12)
-    assert account.tokens[0] == 24
+    assert account.rows[0].tokens == 24
 
 
 def test_a_scored_text_is_held_without_looking_ahead(qwen):
@@ -190,26 +190,24 @@ def test_a_profile_says_which_layers_save():
 
 
 def test_a_step_makes_up_for_what_went_before_within_the_table():
-    asked = np.array([0.8, 0.8, 0.8, 1.0])
-    account = Account.new(table(), 4)
+    asked = [0.8, 0.8, 0.8, 1.0]
     weights = SMOLLM2.token_flops / 2
-    account.balance = np.array([0.0, -2.0, 2000.0, -2.0]) * weights
+    account = Account(table(), [Past(balance=k * weights) for k in (0, -2, 2000, -2)])
     values = account.step(asked).values
     assert values[1] > values[0] > values[2] > 0
     assert values[3] == 0
     assert values[1] <= 1.0
-    account.balance[:] = -1e6 * weights
-    assert account.step(asked).values[:3] == pytest.approx([1.0] * 3)
+    starved = Account(account.table, [Past(balance=-1e6 * weights)] * 3)
+    assert starved.step(asked[:3]).values == pytest.approx([1.0] * 3)
 
 
 def test_a_row_that_saves_less_than_expected_is_asked_for_more():
     account = Account.new(table(), 1)
-    asked = np.array([0.8])
-    first = account.step(asked)
-    saved = np.interp(first.places, account.table.points, account.table.tails[0])
-    first.close(saved)
+    asked = [0.8]
+    saved = 0.2 * SMOLLM2.token_flops / 2
+    account.step(asked).close([saved])
     usual = account.step(asked).values
     for _ in range(20):
-        account.step(asked).close(saved / 2)
-    account.balance[:] = 0
+        account.step(asked).close([saved / 2])
+    account.rows[0].balance = 0
     assert account.step(asked).values > usual

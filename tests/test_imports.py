@@ -36,6 +36,7 @@ LAYERS = (
     ("holding",),
     ("runtime.*", "passes"),
     ("adapted",),
+    ("joint",),
     ("decode", "calibration"),
     ("artifact",),
     ("lean",),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from typing import NamedTuple
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
 
 from rheostat.adapted import Adapted
 from rheostat.calibration import calibrate
+from rheostat.dial import Dial
 from rheostat.geometry import Geometry
-from rheostat.methods import DynaMoE
+from rheostat.methods import DynaMoE, Method
 
 SMOLLM2 = Geometry(
     num_layers=30,
@@ -70,7 +75,42 @@ def tiny_adapted(family: str = "llama", seed: int = 0, **settings: object) -> Ad
     """A tiny model with DynaMoE solved in closed form and its dial measured."""
     defaults: dict[str, object] = {"tile": 4, "router_width": 8, "router_steps": 30}
     defaults |= {"router_loss_share": 1.0, "distill_weight": 1.0}  # so that every step of training is alike
-    adapted = Adapted(tiny_model(family, seed), DynaMoE(**(defaults | settings)))  # type: ignore[arg-type]
+    return tiny_fitted(DynaMoE(**(defaults | settings)), family, seed)  # type: ignore[arg-type]
+
+
+class Solved(NamedTuple):
+    """What a fit and the measuring of the dial left."""
+
+    host: dict[str, torch.Tensor]
+    learned: dict[str, torch.Tensor]
+    dial: Dial
+
+
+_solved: dict[str, Solved] = {}
+
+
+def tiny_fitted(method: Method, family: str = "llama", seed: int = 0, *, layers: int = 2) -> Adapted:
+    """A tiny model with any method solved in closed form and its dial measured: once in each process, which is most of
+    the time that many tests took. Every call gives a model of its own, put together as `load` does it."""
+    key = json.dumps([method.to_dict(), family, seed, layers])
+    if key not in _solved:
+        with torch.inference_mode(False), torch.enable_grad():
+            _solved[key] = _kept(tiny_solved(method, family, seed, layers=layers))
+    found = _solved[key]
+    adapted = Adapted(tiny_model(family, seed, layers=layers), method, copy.deepcopy(found.dial))
+    adapted.method.load_state(adapted.model, found.learned)
+    adapted.model.load_state_dict(found.host)
+    return adapted
+
+
+def tiny_solved(method: Method, family: str = "llama", seed: int = 0, *, layers: int = 2) -> Adapted:
+    """The same, solved now: for tests of what a fit leaves in the model itself."""
+    adapted = Adapted(tiny_model(family, seed, layers=layers), method)
     adapted.method.fit(adapted.model, tiny_windows(), generator=torch.Generator().manual_seed(0))
     adapted.dial = calibrate(adapted, tiny_windows(seed=1))
     return adapted
+
+
+def _kept(adapted: Adapted) -> Solved:
+    host, learned = adapted.model.state_dict(), adapted.method.state(adapted.model)
+    return Solved(*({name: t.detach().clone() for name, t in one.items()} for one in (host, learned)), adapted.dial)

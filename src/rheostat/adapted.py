@@ -287,9 +287,18 @@ class Adapted(nn.Module):
             return None
         if min(*spending.prefill, *spending.decode) == 1 or not self.can_hold:
             return None
+        return Account.new(self.table, num_rows)
+
+    @property
+    def table(self) -> Table:
+        """The dial as savings, for a model that can hold."""
         if self._table is None or self._table.dial is not self.dial:
             self._table = Table(self.dial, self.geometry, next(iter(self.dial.settings)))
-        return Account.new(self._table, num_rows)
+        return self._table
+
+    def share_account(self, cache: Any, copy: Any) -> None:
+        """The requests in `copy` of a cache go on from the same spending, each for itself."""
+        self._hooks.share_account(cache, copy)
 
     def settings(self, phase: str, num_rows: int) -> dict[str, torch.Tensor]:
         """The native settings [B] that the enclosing `spend` asks for in a phase; empty when all run dense."""

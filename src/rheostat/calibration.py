@@ -5,20 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from rheostat import families
+from rheostat import families, joint
 from rheostat.adapted import Adapted
 from rheostat.cost import head_cost
 from rheostat.dial import Dial
-from rheostat.meter import Meter
 from rheostat.methods.base import Method, Progress, no_progress
-from rheostat.spending import in_phase, spend
-
-if TYPE_CHECKING:
-    from transformers import Cache
+from rheostat.spending import spend
 
 START = 1e-2
 STEP = 2.0
@@ -34,10 +30,8 @@ MAX_GAP = 0.06
 SAME_SETTING = 1.02
 """Settings within this factor are not told apart."""
 MAX_POINTS = 40
-PROMPT_SHARE = 0.75
-"""Of each window, when several methods are measured together: the rest is what is written after the prompt."""
-MAX_LEVELS = 5
-"""Settings of each method that a joint path may use, beside the neutral one."""
+LEVEL_WINDOWS = 2
+"""So many are read to choose each method's settings, where several are measured together."""
 
 
 def _widest_gap(points: dict[float, float]) -> float | None:
@@ -47,27 +41,6 @@ def _widest_gap(points: dict[float, float]) -> float | None:
     gaps = [(abs(points[a] - points[b]), math.sqrt(a * b)) for a, b in pairwise(ordered) if b > a * SAME_SETTING]
     gap, setting = max(gaps, default=(0.0, 0.0))
     return setting if gap > MAX_GAP else None
-
-
-def read_prompts(adapted: Adapted, prompts: torch.Tensor) -> Cache:
-    """Read prompts [N, T] without padding through the method. Returns the filled cache."""
-    cache = adapted.method.make_cache(adapted.model)
-    adapted.method.prefill(adapted.model, prompts, torch.ones_like(prompts), cache)
-    return cache
-
-
-def read_and_answer(adapted: Adapted, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take the first part of each window [N, T] for a prompt, read through the method, and the rest for the answer,
-    scored in one pass on the cache that was filled.
-
-    Returns:
-        Logits [N, A, V] and the tokens that they should have predicted, [N * A].
-    """
-    num_prompt = max(1, round(PROMPT_SHARE * windows.shape[1]))
-    cache = read_prompts(adapted, windows[:, :num_prompt])
-    with in_phase("decode"):
-        logits = adapted(input_ids=windows[:, num_prompt:-1], past_key_values=cache, use_cache=True).logits
-    return logits, windows[:, num_prompt + 1 :].flatten()
 
 
 @torch.no_grad()
@@ -87,7 +60,7 @@ def measure_widths(
     with spend(native=native, keep_passes=False) as meter:
         for batch in windows.split(max(1, batch_tokens // windows.shape[1])):
             if reads_prompts:
-                read_prompts(adapted, batch.to(adapted.device))
+                joint.read_prompts(adapted, batch.to(adapted.device))
             else:
                 families.decoder(adapted.model)(input_ids=batch.to(adapted.device), use_cache=False)
         if reads_prompts:
@@ -105,7 +78,8 @@ def calibrate(adapted: Adapted, windows: torch.Tensor, *, progress: Progress = n
     """
     dialled = adapted.method.dialled()
     if len(dialled) > 1:
-        return _calibrate_jointly(adapted, dialled, windows, progress)
+        levels = [_levels(adapted, method, windows, progress) for method in dialled]
+        return joint.walk(joint.Answers(adapted, windows), dialled, levels, progress)
     return _calibrate_one(adapted, dialled[0], windows, progress) if dialled else Dial()
 
 
@@ -176,61 +150,10 @@ def _dial(name: str, neutral: float, points: dict[float, float], measured: dict[
 # -- several methods
 
 
-@torch.no_grad()
-def measure_quality(
-    adapted: Adapted, windows: torch.Tensor, native: dict[str, float], batch_tokens: int = 2048
-) -> tuple[float, float]:
-    """`compute` spent and loss in nats a token when the first part of each window [N, T] is a prompt and the rest is
-    written after it, at a native setting of several methods."""
-    total, count, meter = 0.0, 0, Meter(keep_passes=False)
-    for batch in windows.to(adapted.device).split(max(1, batch_tokens // windows.shape[1])):
-        with spend(native=native, meter=meter):
-            logits, targets = read_and_answer(adapted, batch)
-        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum"))
-        count += len(targets)
-    return meter.compute, total / count
-
-
-def _calibrate_jointly(adapted: Adapted, dialled: list[Method], windows: torch.Tensor, progress: Progress) -> Dial:
-    """A path of joint settings from dense to cheapest, along the measured front of quality against compute.
-
-    Each method offers a few settings of its own; the path goes from point to point, each time turning the one method
-    whose next setting costs the least quality for what it saves. So no method is ever turned back, and `compute` falls.
-    """
-    levels: list[list[float]] = []
-    for method in dialled:
-        own = _calibrate_one(adapted, method, windows, progress).settings[method.name]
-        levels.append([own[round(k * (len(own) - 1) / MAX_LEVELS)] for k in range(MAX_LEVELS + 1)])
-        levels[-1] = list(dict.fromkeys(levels[-1]))
-    measured: dict[tuple[int, ...], tuple[float, float]] = {}
-
-    def measure(at: tuple[int, ...]) -> tuple[float, float]:
-        if at not in measured:
-            progress("measuring joint settings", len(measured), len(measured) + 1)
-            native = {m.name: own[i] for m, own, i in zip(dialled, levels, at, strict=True)}
-            measured[at] = measure_quality(adapted, windows, native)
-        return measured[at]
-
-    def price(start: tuple[int, ...], end: tuple[int, ...]) -> float:
-        (spent, loss), (less, worse) = measure(start), measure(end)
-        return (worse - loss) / (spent - less) if spent > less else math.inf
-
-    at = (0,) * len(dialled)
-    path = [at]
-    while nexts := [(*at[:k], i + 1, *at[k + 1 :]) for k, i in enumerate(at) if i + 1 < len(levels[k])]:
-        at = min(nexts, key=lambda end: price(path[-1], end))
-        path.append(at)
-    progress("measuring joint settings", len(measured), len(measured))
-    kept = [path[0]]
-    computes = [1.0]
-    for one in path[1:]:
-        if (spent := measure(one)[0]) < computes[-1] - 1e-7:
-            kept.append(one)
-            computes.append(spent)
-    settings = {
-        method.name: tuple(own[one[k]] for one in kept)
-        for k, (method, own) in enumerate(zip(dialled, levels, strict=True))
-    }
-    losses = [round(measure(one)[1], 5) for one in kept]
-    about = _measured_on(windows) | {"prompt_share": PROMPT_SHARE, "loss": losses}
-    return Dial(compute=tuple(computes), settings=settings, measured_on=about)
+def _levels(adapted: Adapted, method: Method, windows: torch.Tensor, progress: Progress) -> tuple[float, ...]:
+    """The settings of one method among several that a joint path may use. What each of them spends the path measures
+    for itself; here a few windows say how far apart they are."""
+    steps = method.steps(adapted.geometry)
+    if steps is not None and len(steps) <= joint.MAX_LEVELS:
+        return (method.neutral(), *steps)
+    return joint.levels_of(_calibrate_one(adapted, method, windows[:LEVEL_WINDOWS], progress), method.name)

@@ -90,6 +90,11 @@ class Geometry:
         """FLOPs of one token in all products with weights (two a weight): what `compute` is a fraction of."""
         return 2 * (self.num_layers * (self.attention_weights + self.ffn_weights) + self.head_weights)
 
+    def weights_of(self, num_tokens: int, num_logits: int) -> int:
+        """Weights that a pass over so many tokens, of which so many give logits, multiplies."""
+        layers = self.num_layers * (self.attention_weights + self.ffn_weights)
+        return num_tokens * layers + num_logits * self.head_weights
+
     @property
     def kv_values(self) -> int:
         """Numbers that one layer caches for one token."""

@@ -11,13 +11,16 @@ for the savings that are still wanted, divided by how well such settings have wo
   in the layers before, as if the text ended there.
 - A *step of decoding* has one price in all layers, set by all that the row did before.
 
-All sums are whole numbers of weights, and no row sees another's, so a row in a batch is steered as it is alone.
+All sums are whole numbers of weights, and no row sees another's, so a row in a batch is steered as it is alone. What is
+asked may change from pass to pass: what a row owes for a token is what was asked when it was read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -72,6 +75,33 @@ class Table:
         self.tails = np.maximum.accumulate(tails, 1) + rise
         """[G, K]: saved by a token from this group of layers on."""
         self.points = np.arange(len(self.settings), dtype=np.float64)
+        self._whole = [float(one) for one in self.tails[0]]
+        """Of `tails`, all layers: as plain numbers, because a step of decoding has a few rows."""
+        self._logs = [math.log(one) for one in self.settings[1:]]
+        self.token_weights = self.num_layers * self.layer_weights + self.head_weights
+
+    def place(self, wanted: float) -> float:
+        """`find` for one token in all layers."""
+        whole = self._whole
+        k = min(max(bisect_right(whole, wanted), 1), len(whole) - 1)
+        found = k - 1 + (wanted - whole[k - 1]) / (whole[k] - whole[k - 1])
+        return min(max(found, LEAST), float(len(whole) - 1))
+
+    def value(self, place: float) -> float:
+        """`setting` at one place."""
+        if place < 1:
+            return place * float(self.settings[1])
+        k = min(int(place), len(self._logs) - 1)
+        return math.exp(self._logs[k - 1] + (place - k) * (self._logs[k] - self._logs[k - 1]))
+
+    def saving(self, place: float) -> float:
+        """Weights that a token is expected to save there, in all layers."""
+        k = min(int(place), len(self._whole) - 2)
+        return self._whole[k] + (place - k) * (self._whole[k + 1] - self._whole[k])
+
+    def native(self, compute: float) -> float:
+        """The setting that the dial has there."""
+        return self.dial.native(compute)[self.key]
 
     def find(self, group: int, wanted: Numbers) -> Numbers:
         """The places on the table at which a token saves `wanted` weights from a group on, within the table's range."""
@@ -101,46 +131,59 @@ def _savings(dial: Dial, geometry: Geometry, key: str) -> Numbers:
     return ffn - (ffn.sum(1) - total)[:, None] / geometry.num_layers  # less what choosing costs
 
 
-@dataclass
+@dataclass(slots=True)
+class Past:
+    """What one row was asked to save and what it saved, from one pass of its request to the next."""
+
+    balance: float = 0.0
+    """Weights saved beyond what was asked."""
+    saved: float = 0.0
+    """Fading: weights saved by the row's tokens."""
+    expected: float = 0.0
+    """Fading: what was expected of the settings they had."""
+    tokens: float = 0.0
+    """Tokens so far."""
+
+    def book(self, owed: float, saved: float, expected: float, num_tokens: float) -> None:
+        """A pass is over."""
+        fade = math.exp(-num_tokens / MEMORY)
+        share = min(1.0, PROMPT_MEMORY / max(num_tokens, 1))
+        self.saved, self.expected = self.saved * fade + saved * share, self.expected * fade + expected * share
+        self.balance += saved - owed
+        self.tokens += num_tokens
+
+
+@dataclass(frozen=True)
 class Account:
-    """What rows were asked to save and what they saved, from one pass of a request to the next."""
+    """Of the rows of a batch."""
 
     table: Table
-    balance: Numbers
-    """[B], weights saved beyond what was asked."""
-    saved: Numbers
-    """[B], fading: weights saved by the row's tokens."""
-    expected: Numbers
-    """[B], fading: what was expected of the settings they had."""
-    tokens: Numbers
-    """[B], tokens so far."""
+    rows: Sequence[Past | None]
+    """[B]; None is a row that is not held: the dial's table has its settings."""
 
     @classmethod
     def new(cls, table: Table, num_rows: int) -> Account:
-        """Of rows that have done nothing yet."""
-        return cls(table, *(np.zeros(num_rows) for _ in range(4)))
+        """Of rows that have done nothing yet, all held."""
+        return cls(table, [Past() for _ in range(num_rows)])
 
-    def step(self, asked: Numbers) -> Step:
+    def copy(self) -> Account:
+        """The same so far, and on its own from now on."""
+        return Account(self.table, [None if past is None else replace(past) for past in self.rows])
+
+    def skip(self, counts: Sequence[float]) -> None:
+        """A pass at full compute over `counts` [B] tokens of the rows: nothing to steer."""
+        for past, count in zip(self.rows, counts, strict=True):
+            if past is not None:
+                past.book(0.0, 0.0, 0.0, count)
+
+    def step(self, asked: Sequence[float]) -> Step:
         """The next token of each row, at the `compute` [B] asked for; 1 is dense."""
-        table = self.table
-        owed = (1 - asked) * table.weights(np.ones(1), np.ones(1))
-        prior = KNOWN * owed + 1
-        ratio = ((self.saved + prior) / (self.expected + prior)).clip(*RATIOS)
-        horizon = np.maximum(HORIZON, self.tokens * HORIZON_SHARE)
-        places = table.find(0, (owed - self.balance / horizon) / ratio)
-        return Step(self, asked, owed, places)
+        return Step(self, asked)
 
-    def read(self, asked: Numbers, counts: Numbers, num_logits: Numbers) -> Reading:
+    def read(self, asked: Sequence[float], counts: Numbers, num_logits: Numbers) -> Reading:
         """New tokens that are read together: [B, C] of them in each of C parts of each row, of which `num_logits`
         [B, C] give logits. One part is held as a whole; more are held each by those up to it."""
         return Reading(self, asked, counts, num_logits)
-
-    def book(self, balance: Numbers, saved: Numbers, expected: Numbers, counts: Numbers) -> None:
-        """A pass is over, over `counts` [B] tokens."""
-        fade = np.exp(-counts / MEMORY)
-        share = np.minimum(1, PROMPT_MEMORY / np.maximum(counts, 1))
-        self.saved, self.expected = self.saved * fade + saved * share, self.expected * fade + expected * share
-        self.balance, self.tokens = balance, self.tokens + counts
 
 
 NewAccount = Callable[[int], Account | None]
@@ -148,40 +191,62 @@ NewAccount = Callable[[int], Account | None]
 
 
 class Step:
-    """A step of decoding."""
+    """A step of decoding. Plain numbers: arrays of a few rows cost more than the sums."""
 
-    def __init__(self, account: Account, asked: Numbers, owed: Numbers, places: Numbers) -> None:
-        self.account, self.owed, self.places = account, owed, places
-        self.values = np.where(asked < 1, account.table.setting(places), 0.0)
+    def __init__(self, account: Account, asked: Sequence[float]) -> None:
+        self.account, self.asked = account, asked
+        self.values = [0.0] * len(asked)
         """[B], native settings of all layers."""
+        self._expected = [0.0] * len(asked)
         self._saved = np.zeros(len(asked))
-        self._held = asked < 1
+        table = account.table
+        for row, (past, compute) in enumerate(zip(account.rows, asked, strict=True)):
+            if compute == 1:
+                continue
+            if past is None:
+                self.values[row] = table.native(compute)
+                continue
+            place = table.place(_wanted(past, (1 - compute) * table.token_weights))
+            self.values[row], self._expected[row] = table.value(place), table.saving(place)
 
     def setting(self, layer: int) -> Numbers:
         """The native settings [B] of a layer."""
-        return self.values
+        return np.array(self.values)
 
     def took(self, layer: int, saved: Numbers) -> None:
         """The tokens [B, 1] of the rows saved so many weights in a layer."""
         self._saved += saved[:, 0]
         if layer == self.account.table.num_layers - 1:
-            self.close(self._saved)
+            self.close(self._saved.tolist())
 
-    def close(self, saved: Numbers) -> None:
-        """In all layers the rows saved so many weights [B]."""
-        saved = np.where(self._held, saved, 0)
-        expected = np.where(
-            self._held, np.interp(self.places, self.account.table.points, self.account.table.tails[0]), 0
-        )
-        self.account.book(self.account.balance + saved - self.owed, saved, expected, np.ones(len(saved)))
+    def close(self, saved: Sequence[float]) -> None:
+        """In all layers the rows saved so many weights [B]; rows at full compute need not say."""
+        weights = self.account.table.token_weights
+        for row, (past, compute) in enumerate(zip(self.account.rows, self.asked, strict=True)):
+            if past is not None:
+                found = saved[row] if compute < 1 else 0.0
+                past.book((1 - compute) * weights, found, self._expected[row], 1)
+
+
+def _wanted(past: Past, owed: float) -> float:
+    """What the row's next token has to be expected to save, where `owed` was asked of it."""
+    prior = KNOWN * owed + 1
+    ratio = min(max((past.saved + prior) / (past.expected + prior), RATIOS[0]), RATIOS[1])
+    return (owed - past.balance / max(HORIZON, past.tokens * HORIZON_SHARE)) / ratio
 
 
 class Reading:
     """A pass over several tokens of each row."""
 
-    def __init__(self, account: Account, asked: Numbers, counts: Numbers, num_logits: Numbers) -> None:
+    def __init__(self, account: Account, given: Sequence[float], counts: Numbers, num_logits: Numbers) -> None:
         self.account, self.counts = account, counts
-        table, self._held = account.table, (asked < 1)[:, None]
+        table, asked, pasts = account.table, np.array(given), [past or Past() for past in account.rows]
+        is_held = np.array([past is not None for past in account.rows]) & (asked < 1)
+        self._held, self._balance = is_held[:, None], np.array([[past.balance] for past in pasts])
+        free = [past is None and compute < 1 for past, compute in zip(account.rows, given, strict=True)]
+        self._free = np.array(
+            [[table.native(one) if is_free else 0.0] for one, is_free in zip(given, free, strict=True)]
+        )
         is_causal = counts.shape[1] > 1
         self.totals = counts.cumsum(1)
         self.owed = (1 - asked)[:, None] * table.weights(self.totals, num_logits.cumsum(1))
@@ -192,7 +257,8 @@ class Reading:
         """[B, C], by each part in the layers so far."""
         self._expected = np.zeros(counts.shape)
         prior = PRIOR_SHARE * (self.totals + self._extra) * typical + 1
-        self._known = (prior + account.saved[:, None], prior + account.expected[:, None])
+        known = np.array([[[past.saved], [past.expected]] for past in pasts])
+        self._known = (prior + known[:, 0], prior + known[:, 1])
         self._values = np.zeros(counts.shape)
 
     def setting(self, layer: int) -> Numbers:
@@ -207,17 +273,24 @@ class Reading:
         mine, theirs = self._known
         ratio = ((saved + mine) / (expected + theirs)).clip(*RATIOS)
         number = self.totals + self._extra
-        wanted = self.owed - self.account.balance[:, None] - saved
+        wanted = self.owed - self._balance - saved
         wanted = wanted + self._extra * np.interp(self._phantom, table.points, table.tails[group])
         places = table.find(group, wanted / np.maximum(number, 1) / ratio)
         self._expected = self._expected + self.counts * table.expected(group, places)
-        return np.where(self._held, table.setting(places), 0.0)
+        return np.where(self._held, table.setting(places), self._free)
 
     def took(self, layer: int, saved: Numbers) -> None:
         """The tokens [B, T] of the rows, or their C parts, saved so many weights in a layer."""
         parts = saved if saved.shape == self.counts.shape else saved.sum(1, keepdims=True)
         self._saved = self._saved + np.where(self._held, parts, 0)
         if layer == self.account.table.num_layers - 1:
-            total = self._saved.sum(1)
-            balance = self.account.balance + total - self.owed[:, -1]
-            self.account.book(balance, total, self._expected.sum(1), self.totals[:, -1])
+            self.close()
+
+    def close(self) -> None:
+        """The pass is over; rows at full compute need not have told what they saved."""
+        saved, expected = self._saved.sum(1), np.where(self._held, self._expected, 0).sum(1)
+        for row, past in enumerate(self.account.rows):
+            if past is not None:
+                past.book(
+                    float(self.owed[row, -1]), float(saved[row]), float(expected[row]), float(self.totals[row, -1])
+                )

@@ -63,6 +63,11 @@ class PassHooks:
         """Bytes of a weight."""
         return self.model.dtype.itemsize
 
+    def share_account(self, cache: Any, copy: Any) -> None:
+        """The requests in `copy` of a cache go on from what those in it have spent, each for itself."""
+        if (account := self._accounts.get(cache)) is not None:
+            self._accounts[copy] = account.copy()
+
     def remove(self) -> None:
         """Take them off."""
         for handle in self._handles:
@@ -83,7 +88,7 @@ class PassHooks:
         spending = current_spending()
         settings = self.settings(phase, num_rows, tokens.device)
         is_plain = phase == "decode" and (mask is None or bool((valid & ~first).all()))
-        held = self._hold(phase, valid, cache, past)
+        held = self._hold(phase, valid, cache, past, mask)
         enter_pass(Pass(phase, valid, first, settings, is_plain=is_plain, past=past, mask=mask, held=held))
         if isinstance(cache, HierarchicalCache) and not past and mask is not None:
             cache.mark_padding(mask)
@@ -98,19 +103,24 @@ class PassHooks:
     def _note_logits(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._kept_logits = kwargs.get("logits_to_keep", 0)
 
-    def _hold(self, phase: str, valid: torch.Tensor, cache: Any, past: int) -> Step | Reading | None:
+    def _hold(
+        self, phase: str, valid: torch.Tensor, cache: Any, past: int, mask: torch.Tensor | None
+    ) -> Step | Reading | None:
         """What steers the pass that begins, where requests are held."""
         kept, self._kept_logits = self._kept_logits, 0
         spending, num_rows = current_spending(), len(valid)
         if spending is None or not spending.hold or (fresh := self.new_account(num_rows)) is None:
             return None
         account = self._accounts.get(cache) if past else None
-        if account is None or len(account.balance) != num_rows:
-            account = fresh
+        if account is None or len(account.rows) != num_rows:
+            account = _begun(fresh, valid, past, mask)
         if cache is not None:
             self._accounts[cache] = account
-        asked = np.array(spending.rows(phase, num_rows))
+        asked = spending.rows(phase, num_rows)
         counts = valid.cpu().numpy().astype(np.float64)
+        if min(asked) == 1:
+            account.skip(counts.sum(1).tolist())
+            return None
         if valid.shape[1] == 1 and phase == "decode":
             return account.step(asked)
         if isinstance(kept, int) and kept == 1:  # a prompt
@@ -163,6 +173,13 @@ def _new_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tenso
         if (tokens := kwargs.get(name)) is not None:
             return tokens
     return args[0]
+
+
+def _begun(account: Account, valid: torch.Tensor, past: int, mask: torch.Tensor | None) -> Account:
+    """An account of rows with a past that nobody held."""
+    before = [past] * len(valid) if mask is None else mask[:, :past].sum(1).tolist()
+    account.skip(before)
+    return account
 
 
 def _plain_mask(mask: Any, num_rows: int, num_tokens: int, past: int) -> torch.Tensor | None:

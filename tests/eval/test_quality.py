@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from rheostat.adapted import Adapted
-from rheostat.calibration import calibrate
 from rheostat.errors import SettingError
 from rheostat.eval.quality import Run, decode_bytes, evaluate
 from rheostat.methods import KVPrediction
 from rheostat.spending import current_spending, spend
-from tests.tiny import tiny_adapted, tiny_model, tiny_windows
+from tests.tiny import tiny_adapted, tiny_fitted, tiny_model, tiny_windows
 
 WINDOWS = tiny_windows(7, 24, seed=5)
 
@@ -136,9 +135,7 @@ def test_out_of_reach_is_refused():
 
 
 def test_a_method_that_reads_prompts_is_scored_on_what_follows_them():
-    adapted = Adapted(tiny_model(layers=4), KVPrediction(depths=(1, 2)))
-    adapted.method.fit(adapted.model, tiny_windows(), generator=torch.Generator().manual_seed(0))
-    adapted.dial = calibrate(adapted, tiny_windows(seed=1))
+    adapted = tiny_fitted(KVPrediction(depths=(1, 2)), layers=4)
     dense, cheap = evaluate(adapted, tiny_windows(4), [Run(label="cheap", compute=adapted.dial.low)])
     assert dense.num_tokens == 4 * (32 - 24 - 1)
     assert dense.compute == 1.0

@@ -131,6 +131,26 @@ static void lookups() {
         }
 }
 
+static void settlings(int threads) {
+    for (int format : {kFloat32, kBFloat16, kFloat16})
+        for (int dim : {2, 16, 37, 64})
+            for (int group : {1, 8, 19, 32}) {
+                const int num_layers = 2, rows = 2, kv = 3, capacity = 3, count = 1 + draw() % 2, left = draw() % 4;
+                const int held = count * group + left, wide = round_up(dim, kLanes), tokens = round_up(group, kLanes);
+                const int value_group = dim == 64 ? 32 : dim, parts = dim / value_group;
+                const size_t size = format == kFloat32 ? 4 : 2, blocks = (size_t)num_layers * rows * kv * capacity;
+                const size_t n = (size_t)num_layers * kv * held * dim * size;
+                std::unique_ptr<uint8_t[]> keys(new uint8_t[n]), values(new uint8_t[n]);
+                for (size_t i = 0; i < n; i++) keys[i] = draw(), values[i] = draw();  // some are no numbers
+                std::unique_ptr<uint8_t[]> upper(new uint8_t[blocks * tokens * wide]), lower(new uint8_t[blocks * tokens * wide]);
+                std::unique_ptr<uint8_t[]> scales(new uint8_t[blocks * (2 * dim + 2 * parts * tokens) * size]);
+                const Settling s = {upper.get(), lower.get(), scales.get(), keys.get(), values.get(), capacity,
+                                    (int64_t)kv * held * dim, (int64_t)held * dim, num_layers, rows, kv, dim, format, group,
+                                    value_group, rows - 1, capacity - count, count, left};
+                rheostat_settle(&s, threads);
+            }
+}
+
 static void packings(int threads) {
     for (int rows : {1, 16, 37})
         for (int cols : {1, 64, 77}) {
@@ -216,6 +236,7 @@ int main() {
         }
         attentions(threads);
         lookups();
+        settlings(threads);
         packings(threads);
         prompts(threads);
         readings(threads);

@@ -109,7 +109,8 @@ def test_every_level_that_the_machine_reaches(level):
         pytest.skip("not reached")
     done = run(TRY, RHEOSTAT_KERNELS="native", RHEOSTAT_KERNELS_LEVEL=level)
     assert done.stdout.strip() == str(2 - list(build.LEVELS).index(level)), done.stderr
-    scripts = [str(Path(__file__).with_name(name)) for name in ("test_native.py", "test_prompts.py", "test_reader.py")]
+    names = ("test_native.py", "test_prompts.py", "test_reader.py", "test_settling.py")
+    scripts = [str(Path(__file__).with_name(name)) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", *scripts]
     again = subprocess.run(command, env=os.environ | {"RHEOSTAT_KERNELS_LEVEL": level}, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout[-2000:]

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from rheostat.adapted import Adapted
-from rheostat.calibration import calibrate
 from rheostat.decode import stream
 from rheostat.methods import Chain, DynaMoE
 from rheostat.methods.kv_prediction import KVPrediction
@@ -18,7 +17,7 @@ from rheostat.runtime.prefill import Prompt
 from rheostat.spending import spend
 from tests.methods.kv_prediction.given import given
 from tests.runtime.test_generating import assert_same_bill, both
-from tests.tiny import tiny_model, tiny_windows
+from tests.tiny import tiny_fitted, tiny_windows
 
 LENGTHS = (20, 13, 1)
 MASK = torch.tensor([[0] * (20 - n) + [1] * n for n in LENGTHS])
@@ -31,10 +30,7 @@ def chained(exact_tokens: int = 1) -> Adapted:
     """Both dials at work: nested FFNs in a model whose prompts are read ahead."""
     maps = KVPrediction(depths=(1, 2, 3), exact_tokens=exact_tokens)
     nested = DynaMoE(tile=4, router_width=8, router_steps=30)
-    adapted = Adapted(tiny_model(layers=4), Chain([maps, nested]))
-    adapted.method.fit(adapted.model, tiny_windows(), generator=torch.Generator().manual_seed(0))
-    adapted.dial = calibrate(adapted, tiny_windows(seed=1))
-    return adapted
+    return tiny_fitted(Chain([maps, nested]), layers=4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,7 +6,7 @@ import asyncio
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +29,7 @@ from rheostat.serve.metrics import Metrics
 from rheostat.serve.scheduler import Limits, Scheduler
 from rheostat.serve.server import Server, listen
 from rheostat.serve.service import Rules, Service
-from rheostat.spending import spend
+from rheostat.spending import Compute, spend
 from tests.tiny import SIZES
 
 TEMPLATE = (
@@ -44,18 +44,33 @@ class Tiny:
     adapted: Adapted
     tokenizer: Any
 
-    def offline(self, prompt: str, compute: float, num_new: int, runtime: str = "auto") -> str:
+    def offline(
+        self,
+        prompt: str,
+        compute: Compute | Mapping[str, Compute],
+        num_new: int,
+        runtime: str = "auto",
+        hold: bool = True,
+    ) -> str:
         """The greedy answer without a server."""
-        return self.offline_ids(self.tokenizer(prompt, return_tensors="pt")["input_ids"], compute, num_new, runtime)
+        ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        return self.offline_ids(ids, compute, num_new, runtime, hold)
 
     def offline_chat(self, content: str, compute: float, num_new: int) -> str:
         """Likewise, for a chat."""
         return self.offline(f"[user:{content}]>", compute, num_new)
 
-    def offline_ids(self, ids: torch.Tensor, compute: float, num_new: int, runtime: str = "auto") -> str:
+    def offline_ids(
+        self,
+        ids: torch.Tensor,
+        compute: Compute | Mapping[str, Compute],
+        num_new: int,
+        runtime: str = "auto",
+        hold: bool = True,
+    ) -> str:
         """Likewise, for token ids [1, T]."""
         end = self.tokenizer.eos_token_id
-        with spend(compute):
+        with spend(compute, hold=hold):
             steps = stream(self.adapted, ids, max_new_tokens=num_new, eos_token_ids=(end,), runtime=runtime)
             found = [int(step.token_ids[0]) for step in steps]
         return self.tokenizer.decode(found, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -30,6 +30,7 @@ class FakeBackend:
     name = "fake"
     is_batched = True
     reads_pieces = True
+    can_hold = True
     cache_bytes = 0
 
     def __init__(self, breaks: Callable[[Sequence[Row]], Exception | None] = lambda rows: None) -> None:

@@ -12,6 +12,7 @@ from rheostat.serve.jobs import Bill, Done, Failed, RowDone
 from rheostat.serve.reading import Reader
 from rheostat.serve.scheduler import Draining, Full
 from tests.serve.fakes import FakeBackend, Letters, desk, running, submit
+from tests.tiny import SMOLLM2
 
 
 class Notes:
@@ -79,7 +80,7 @@ def test_a_job_ends_with_the_last_of_its_rows():
     events = submit(one, "a", n=2)
     found = one.next_round()
     assert found is not None
-    Reader(one, backend, Letters(), 0.5).read(found.reads, 0.0)
+    Reader(one, backend, Letters(), 0.5, SMOLLM2).read(found.reads, 0.0)
     job = running(one, "a")
     one.end_line(job, job.lines[1], "length")
     assert [type(event) for event in events] == [RowDone]

@@ -72,7 +72,8 @@ class Inbox:
 def job(tiny: Tiny, prompt: str = "rivers", compute: float = 1.0, new: int = 16, **settings: Any) -> Job:
     ids = tiny.tokenizer(prompt)["input_ids"]
     id = f"{prompt}-{compute}-{random.random()}"
-    return Job(id=id, prompt=ids, max_new_tokens=new, prefill_compute=compute, compute=compute, **settings)
+    phases = {"prefill_compute": compute, "compute": compute}
+    return Job(id=id, prompt=ids, max_new_tokens=new, **{"is_held": True} | phases | settings)
 
 
 def submit(engine: Engine, one: Job) -> Inbox:
@@ -106,7 +107,7 @@ def test_the_bill_is_that_of_the_answer_alone(tiny: Tiny, backend: Backend, monk
         bills = [inbox.wait().bill for inbox in [submit(engine, one) for one in jobs]]
     for one, bill in zip(jobs, bills, strict=True):
         ids = tiny.tokenizer(tiny.tokenizer.decode(one.prompt), return_tensors="pt")["input_ids"]
-        with spend(one.compute) as meter:
+        with spend(one.compute, hold=True) as meter:
             for _ in stream(tiny.adapted, ids, max_new_tokens=one.max_new_tokens):
                 pass
         assert bill.flops == meter.cost.flops.total
@@ -122,7 +123,7 @@ def test_token_widths_are_those_of_the_meter(tiny: Tiny, backend: Backend):
         inbox.wait()
     widths = [event.width for event in inbox.seen if isinstance(event, Token)]
     ids = tiny.tokenizer("water", return_tensors="pt")["input_ids"]
-    with spend(0.75) as meter:
+    with spend(0.75, hold=True) as meter:
         for _ in stream(tiny.adapted, ids, max_new_tokens=8):
             pass
     assert widths == pytest.approx(meter.token_fractions()[-8:])
@@ -168,6 +169,7 @@ class Breaking:
     def __init__(self, inner: Backend, *, prompt_length: int = -1, at_step: int = -1) -> None:
         self.inner, self.prompt_length, self.at_step = inner, prompt_length, at_step
         self.name, self.is_batched, self.reads_pieces = inner.name, inner.is_batched, inner.reads_pieces
+        self.can_hold = inner.can_hold
 
     def join(self, joins: Any) -> None:
         if any(len(one.rows[0].prompt) == self.prompt_length for one in joins):

@@ -34,12 +34,13 @@ def test_of_one_that_never_began_all_its_time_was_the_queue():
 
 def test_how_far_it_was_lowered():
     one = running()
-    one.note_compute(0.8, 0.8)
+    one.note_compute(0.8, 0.8, 30)
     assert not one.bill(11.0).is_lowered
-    one.note_compute(0.6, 0.8)
-    one.note_compute(0.8, 0.8)
+    one.note_compute(0.6, 0.8, 10)
+    one.note_compute(0.8, 0.8, 10)
     bill = one.bill(11.0)
-    assert (bill.is_lowered, bill.lowest) == (True, 0.6)
+    assert (bill.is_lowered, bill.lowest, bill.target) == (True, 0.6, pytest.approx(0.76))
+    assert running().bill(11.0).target == JOB.compute
 
 
 def test_the_ticket_has_the_sizes():

@@ -13,15 +13,16 @@ from rheostat.serve.jobs import Done, Event, Failed, RowDone, Token
 from rheostat.serve.reading import Reader
 from rheostat.serve.stepping import Stepper
 from tests.serve.fakes import FakeBackend, Letters, desk, running, submit
+from tests.tiny import SMOLLM2
 
 
 def started(backend: FakeBackend, jobs: dict[str, dict[str, Any]]) -> tuple[Desk, Stepper, dict[str, list[Event]]]:
     """Jobs whose prompts are read."""
     one = desk(backend)
     events = {id: submit(one, id, **settings) for id, settings in jobs.items()}
-    Reader(one, backend, Letters(), 0.5).read(one.next_round().reads, 0.0)  # type: ignore[union-attr]
+    Reader(one, backend, Letters(), 0.5, SMOLLM2).read(one.next_round().reads, 0.0)  # type: ignore[union-attr]
     backend.calls.clear()
-    return one, Stepper(one, backend, frozenset({9}), 0.5), events
+    return one, Stepper(one, backend, frozenset({9}), 0.5, SMOLLM2), events
 
 
 def text(events: Sequence[Event]) -> str:

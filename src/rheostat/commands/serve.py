@@ -40,6 +40,9 @@ class Config(Common):
     api_key: str = setting("", help=f"key that clients must send (default: from the environment, {KEY})")
     origins: tuple[str, ...] = setting((), help="web origins whose pages may call the server")
     compute: float = setting(1.0, help="where a request does not say")
+    hold: bool = setting(
+        True, help="steer each request by what it has spent, to end at its compute, unless it says not"
+    )
     adaptive: bool = setting(False, help="lower the dial under load, as far as requests allow (compute_min)")
     adaptive_target: float = setting(1.0, help="seconds that requests may wait before the dial is lowered")
     compute_min: float | None = setting(None, help="how far it may be lowered where a request does not say")
@@ -114,6 +117,7 @@ def build(config: Config, loaded: Loaded) -> tuple[Server, str]:
         name=config.name or Path(config.model).name or "model",
         compute=config.compute,
         compute_min=config.compute_min,
+        hold=config.hold,
         max_prompt_tokens=config.max_prompt_tokens,
         max_new_tokens=config.max_new_tokens,
         new_tokens=config.new_tokens,

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from rheostat.adapted import Adapted
-from rheostat.calibration import read_and_answer
 from rheostat.errors import SettingError
 from rheostat.eval.profile import Profile
+from rheostat.joint import read_and_answer
 from rheostat.methods.base import Progress, no_progress
 from rheostat.spending import spend
 

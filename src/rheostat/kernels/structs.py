@@ -161,6 +161,32 @@ class CDraft(ctypes.Structure):
     )
 
 
+class CSettling(ctypes.Structure):
+    """`Settling` of native/settle.h."""
+
+    _fields_ = (
+        ("upper", _pointer),
+        ("lower", _pointer),
+        ("scales", _pointer),
+        ("keys", _pointer),
+        ("values", _pointer),
+        ("capacity", _long),
+        ("layer_stride", _long),
+        ("head_stride", _long),
+        ("num_layers", _int),
+        ("num_rows", _int),
+        ("num_kv_heads", _int),
+        ("head_dim", _int),
+        ("format", _int),
+        ("group", _int),
+        ("value_group", _int),
+        ("row", _int),
+        ("first_group", _int),
+        ("num_groups", _int),
+        ("num_left", _int),
+    )
+
+
 class CReading(ctypes.Structure):
     """`Reading` of native/reader.h."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from rheostat.holding import Account
@@ -74,7 +73,7 @@ class Batch:
         ahead = runtime.ahead
         if ahead is None or depth is None or prompt.valid.shape[1] <= ahead.num_exact:
             if self._account is not None and spending is not None:
-                asked = np.array(spending.rows("prefill", len(prompt.lengths)))
+                asked = spending.rows("prefill", len(prompt.lengths))
                 hidden, experts = prefill_held(
                     runtime.prefill_weights, prompt, self.cache, self._account, asked, runtime.rope
                 )
@@ -137,11 +136,11 @@ class Batch:
             self._bill_body(spending.meter if spending is not None else None)
         held = None
         if self._account is not None and spending is not None:
-            held = self._account.step(np.array(spending.rows("decode", len(token_ids))))
-            settings = torch.from_numpy(held.values).float()
+            held = self._account.step(spending.rows("decode", len(token_ids)))
+            settings = torch.tensor(held.values)
         self.logits, experts = self.runtime.step(token_ids, self.positions, self.cache, settings)
-        if held is not None and experts is not None:
-            held.close(self.runtime.saved(experts))
+        if held is not None:
+            held.close([0] * len(token_ids) if experts is None else self.runtime.saved(experts))
         self.cache.settle()
         self.positions += 1
         if self._open is not None and meter is not None:

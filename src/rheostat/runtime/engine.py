@@ -199,15 +199,16 @@ class Runtime:
         rows = (saved_bytes(n, heads, width, sizes, bits, self.itemsize) for n in body.lengths.tolist())
         return layers * sum(rows)
 
-    def saved(self, experts: torch.Tensor) -> np.ndarray:
-        """[B] int64, the weights that tokens left out with the experts [L, B]."""
+    def saved(self, experts: torch.Tensor) -> list[int]:
+        """[B], the weights that tokens left out with the experts [L, B]."""
         if self._saved is None:
             ffns = [layer.ffn for layer in self.weights.layers if layer.ffn.router is not None]
             most = max(len(ffn.sizes) for ffn in ffns)
             rows = [np.pad(saved_weights(ffn), (0, most - len(ffn.sizes))) for ffn in ffns]
             self._saved = np.stack(rows)  # [R, E]
         chosen = experts.numpy()[self.biller.routed]
-        return np.take_along_axis(self._saved, chosen, 1).sum(0)
+        found: list[int] = np.take_along_axis(self._saved, chosen, 1).sum(0).tolist()
+        return found
 
     def setting(self, settings: Settings) -> torch.Tensor | None:
         """What the routers obey, [B] float32; None where all run dense."""

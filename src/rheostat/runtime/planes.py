@@ -12,7 +12,9 @@ import torch
 from rheostat.caches import planes
 from rheostat.caches.counting import body_length
 from rheostat.errors import SettingError, bad_setting
+from rheostat.kernels import library
 from rheostat.kernels.memory import zeros
+from rheostat.kernels.settling import can_settle, settle
 from rheostat.runtime.building import Unsupported
 from rheostat.runtime.cache import KVCache
 from rheostat.runtime.weights import CacheForm, DecoderWeights
@@ -76,19 +78,30 @@ class PlaneBody:
         block = self.upper.shape[4] * (bits // 4) + self.scales.shape[4] * self.scales.element_size()
         return layers * heads * int(self.groups.sum()) * block
 
-    def append(self, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Quantise whole groups [L, K, n, d] and put them behind what a row has."""
-        start, more = int(self.groups[row]), keys.shape[2] // self.group_size
+    def append(self, row: int, keys: torch.Tensor, values: torch.Tensor, num_tokens: int) -> None:
+        """Quantise the first `num_tokens` of these [L, K, n, d], whole groups, and put them behind what a row has; the
+        tokens after them move to the front."""
+        start, more = int(self.groups[row]), num_tokens // self.group_size
         if start + more > self.upper.shape[3]:
             self._grow(max(start + more, 2 * self.upper.shape[3]))
-        layers, heads, num, dim = keys.shape
+        if (code := library()) is not None and can_settle(self, keys, values):
+            settle(code, self, row, keys, values, num_tokens)
+        else:
+            self._put(row, keys[:, :, :num_tokens], values[:, :, :num_tokens])
+            for one in (keys, values):
+                one[:, :, : one.shape[2] - num_tokens] = one[:, :, num_tokens:].clone()
+        self.groups[row] += more
+
+    def _put(self, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Quantise groups and put them behind what a row has: the plain twin of `kernels.settling`."""
+        start, (layers, heads, num, dim) = int(self.groups[row]), keys.shape
+        places = slice(start, start + num // self.group_size)
         several = max(1, AT_ONCE // (heads * num * dim))
         for first in range(0, layers, several):
             here = slice(first, first + several)
             parts = (one[here].flatten(0, 1) for one in (keys, values))  # [l K, n, d]
             for target, block in zip((self.upper, self.lower, self.scales), self._blocks(*parts), strict=True):
-                target[here, row, :, start : start + more] = block.unflatten(0, (-1, heads))
-        self.groups[row] += more
+                target[here, row, :, places] = block.unflatten(0, (-1, heads))
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows, in this order."""
@@ -207,7 +220,8 @@ class PlaneCache(KVCache):
         for row, (start, stop) in enumerate(zip(cache.starts.tolist(), cache.lengths.tolist(), strict=True)):
             middle = start + body_length(stop - start, group_size)
             if middle > start:
-                new.body.append(row, cache.keys[:, row, :, start:middle], cache.values[:, row, :, start:middle])
+                old = (one[:, row, :, start:middle] for one in (cache.keys, cache.values))
+                new.body.append(row, *old, middle - start)
             new.keys[:, row, :, : stop - middle] = cache.keys[:, row, :, middle:stop]
             new.values[:, row, :, : stop - middle] = cache.values[:, row, :, middle:stop]
             new.lengths[row] = stop - middle
@@ -234,9 +248,7 @@ class PlaneCache(KVCache):
             if n < 2 * size:
                 continue
             more = n - n % size - size
-            self.body.append(row, self.keys[:, row, :, :more], self.values[:, row, :, :more])
-            for buffer in (self.keys, self.values):
-                buffer[:, row, :, : n - more] = buffer[:, row, :, more:n].clone()
+            self.body.append(row, self.keys[:, row, :, :n], self.values[:, row, :, :n], more)
             self.lengths[row] = n - more
 
     def contents(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

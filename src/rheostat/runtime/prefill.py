@@ -107,12 +107,26 @@ def prefill(
 
 
 def prefill_held(
-    weights: DecoderWeights, prompt: Prompt, cache: KVCache, account: Account, asked: np.ndarray, rope: RopeTable
+    weights: DecoderWeights,
+    prompt: Prompt,
+    cache: KVCache,
+    account: Account,
+    asked: Sequence[float],
+    rope: RopeTable,
+    *,
+    is_last: bool = True,
 ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-    """The same for prompts that are held to what they asked for, [B]: their settings change every few layers."""
+    """The same for prompts that are held to what they asked for, [B]: their settings change every few layers.
+
+    Args:
+        is_last: the prompts end here; else more of them will come.
+    """
+    if min(asked) == 1:
+        account.skip(prompt.lengths)
+        return prefill(weights, prompt, cache, None, rope)
     h = embed(weights, prompt)
     lengths = np.array(prompt.lengths, dtype=np.float64)[:, None]
-    reading = account.read(asked, lengths, np.ones_like(lengths))
+    reading = account.read(asked, lengths, np.full_like(lengths, is_last))
     experts: list[torch.Tensor] = []
     for layers in account.table.groups:
         settings = torch.from_numpy(reading.setting(layers.start)[:, 0]).float()

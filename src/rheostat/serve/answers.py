@@ -163,6 +163,8 @@ def total(bills: Sequence[Bill]) -> Bill:
 
     return replace(
         first,
+        target=mean("target"),
+        is_held=any(one.is_held for one in bills),
         compute=mean("compute"),
         compute_with_context=flops / max(1, dense),
         ffn_fraction=mean("ffn_fraction"),

@@ -46,6 +46,8 @@ class Join:
     rows: Sequence[Row]
     compute: float
     """For the prompt."""
+    is_held: bool = False
+    """The rows are steered by what they have spent, each for itself."""
 
 
 class Backend(Protocol):
@@ -56,6 +58,8 @@ class Backend(Protocol):
     """Whether a step takes all rows at once; else they come one by one."""
     reads_pieces: bool
     """Whether a prompt can be read in pieces, with steps of other rows between them."""
+    can_hold: bool
+    """Whether rows can be held to what they asked for."""
 
     def join(self, joins: Sequence[Join]) -> None:
         """Read the prompts of new rows and set their logits. On an error none of them has joined."""

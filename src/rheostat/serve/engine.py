@@ -47,8 +47,8 @@ class Engine:
         self._desk = Desk(backend, self.scheduler, adaptive, watcher)
         own = copy.deepcopy(tokenizer)  # the worker's: the other one is encoding meanwhile
         low = adapted.dial.low
-        self._reader = Reader(self._desk, backend, own, low)
-        self._stepper = Stepper(self._desk, backend, end_ids(adapted, tokenizer), low)
+        self._reader = Reader(self._desk, backend, own, low, adapted.geometry)
+        self._stepper = Stepper(self._desk, backend, end_ids(adapted, tokenizer), low, adapted.geometry)
         self._thread = threading.Thread(target=self._work, name="rheostat-engine", daemon=True)
 
     def start(self) -> None:

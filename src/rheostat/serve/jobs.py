@@ -21,6 +21,8 @@ class Job:
     """For the answer."""
     compute_min: float | None = None
     """How far a busy server may lower it; None is not at all."""
+    is_held: bool = False
+    """Steer it by what it has spent, where the model can be."""
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     n: int = 1
@@ -94,6 +96,10 @@ class Bill:
     """What a job spent."""
 
     asked: dict[str, float]
+    target: float
+    """What its passes were run at, on the whole: `asked`, less where a busy server lowered it."""
+    is_held: bool
+    """It was steered by what it spent."""
     compute: float
     """Spent, as a fraction of the dense model's FLOPs."""
     compute_with_context: float
@@ -120,6 +126,8 @@ class Bill:
         """For `usage.compute` of an answer."""
         return {
             "asked": self.asked["decode"] if self.asked["prefill"] == self.asked["decode"] else self.asked,
+            "target": round(self.target, 6),
+            "held": self.is_held,
             "spent": round(self.compute, 6),
             "spent_with_context": round(self.compute_with_context, 6),
             "lowered": self.is_lowered,

@@ -14,6 +14,7 @@ BETWEEN = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 WHOLE = (0.1, 0.3, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300)
 TOKENS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 SHARES = tuple(round(0.05 * k, 2) for k in range(1, 21))
+BEYOND = (-0.1, -0.05, -0.02, -0.01, -0.005, 0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 
 
 class Metrics:
@@ -41,6 +42,7 @@ class Metrics:
         self._prompts = self._histogram("request_prompt_tokens", TOKENS)
         self._answers = self._histogram("request_generation_tokens", TOKENS)
         self._compute = self._histogram("compute_fraction", SHARES)
+        self._beyond = self._histogram("compute_beyond_target", BEYOND)
 
     def watch(self, engine: Engine) -> None:
         """Gauges that are read from the engine when somebody asks."""
@@ -97,6 +99,7 @@ class Metrics:
                 (self._prompts, bill.num_prompt_tokens),
                 (self._answers, bill.num_new_tokens),
                 (self._compute, bill.compute),
+                (self._beyond, bill.compute - bill.target),
             ):
                 histogram.labels(name).observe(seconds)
 

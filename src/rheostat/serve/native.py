@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from rheostat.adapted import Adapted
+from rheostat.holding import Account, Past
 from rheostat.runtime import plain
 from rheostat.runtime.batch import Batch, keys_and_values
 from rheostat.runtime.billing import Tally
 from rheostat.runtime.cache import KVCache
 from rheostat.runtime.engine import Runtime
-from rheostat.runtime.prefill import Prompt, prefill
+from rheostat.runtime.prefill import Prompt, prefill, prefill_held
 from rheostat.serve.backend import Join, Row
 from rheostat.serve.row_cache import RowCache
 from rheostat.serve.stock import newest_width
@@ -32,6 +33,8 @@ class _Reading:
     join: Join
     cache: KVCache
     """Its own, until it joins."""
+    past: Past | None
+    """What holds it, if anything does."""
     experts: list[list[torch.Tensor]] = field(default_factory=list)
     """Of each piece: the experts [T] of each routed layer; empty where all took the full FFN."""
     num_read: int = 0
@@ -44,6 +47,8 @@ class _Held:
     tally: Tally
     billed: int
     """Tokens of the row that were billed."""
+    past: Past | None
+    """What holds it to what it asked for, if anything does."""
     unbilled: Chosen = field(default_factory=list)
     """The expert [L] that each layer took, of each step since."""
 
@@ -61,6 +66,7 @@ class NativeBackend:
         """In the order of the cache."""
         self._reading: _Reading | None = None
         self.reads_pieces = "prefill" not in adapted.method.acts_at()
+        self.can_hold = adapted.can_hold and self.reads_pieces
 
     @property
     def cache_bytes(self) -> int:
@@ -78,13 +84,13 @@ class NativeBackend:
             return
         prompts = [one.rows[0].prompt for one in joins]
         lengths = [len(prompt) for prompt in prompts]
-        fresh = self.runtime.new_cache(len(prompts), max(lengths))
-        logits, experts = self._pass(prompts, fresh, [one.compute for one in joins])
+        fresh, pasts = self.runtime.new_cache(len(prompts), max(lengths)), [self._new_past(one) for one in joins]
+        logits, experts = self._pass(prompts, fresh, [one.compute for one in joins], pasts)
         parts = None if experts is None else [one.split(lengths) for one in experts]
         for place, one in enumerate(joins):
             own = None if parts is None or not self._native(one.compute) else [part[place] for part in parts]
             keys, values = (held[:, place, :, : lengths[place]] for held in (fresh.keys, fresh.values))
-            self._seat(one, keys, values, logits[place], own)
+            self._seat(one, keys, values, logits[place], own, pasts[place])
 
     @torch.inference_mode()
     def read(self, join: Join, start: int, stop: int) -> None:
@@ -95,37 +101,43 @@ class NativeBackend:
             return
         prompt = join.rows[0].prompt
         if start == 0:
-            self._reading = _Reading(join, self.runtime.new_cache(1, len(prompt)))
+            self._reading = _Reading(join, self.runtime.new_cache(1, len(prompt)), self._new_past(join))
         held = self._reading
         assert held is not None, "from its start"
         assert (held.join.rows[0], held.num_read) == (join.rows[0], start), "one prompt at a time"
-        logits, experts = self._pass([prompt[start:stop]], held.cache, [join.compute], [start])
+        piece = prompt[start:stop]
+        logits, experts = self._pass([piece], held.cache, [join.compute], [held.past], [start], stop == len(prompt))
         held.experts.append(experts or [])
         held.num_read = stop
         if stop == len(prompt):
             keys, values = held.cache.keys[:, 0, :, :stop], held.cache.values[:, 0, :, :stop]
             self._reading = None
-            self._seat(join, keys, values, logits[0], _joined(held.experts))
+            self._seat(join, keys, values, logits[0], _joined(held.experts), held.past)
 
     def _pass(
         self,
         parts: Sequence[Sequence[int]],
         cache: KVCache,
         computes: Sequence[float],
+        held: Sequence[Past | None],
         pasts: Sequence[int] | None = None,
+        is_last: bool = True,
     ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-        """Read token ids into the rows of a cache, after what each holds. Returns the next ones' logits [B, V] float32
-        and the experts [N] of each routed layer."""
+        """Read token ids into the rows of a cache, after the `pasts` tokens that each holds. Returns the next ones'
+        logits [B, V] float32, which are wanted where the prompts end here, and the experts [N] of each routed layer."""
         runtime = self.runtime
         ids = torch.zeros(len(parts), max(map(len, parts)), dtype=torch.long)
         valid = torch.zeros_like(ids)
         for place, part in enumerate(parts):
             ids[place, : len(part)] = torch.tensor(part)
             valid[place, : len(part)] = 1
-        settings = torch.tensor([self._native(compute) for compute in computes])
-        given = settings if bool((settings > 0).any()) else None
-        prompt = Prompt.of(ids, valid, pasts=pasts)
-        hidden, experts = prefill(runtime.prefill_weights, prompt, cache, given, runtime.rope)
+        prompt, weights = Prompt.of(ids, valid, pasts=pasts), runtime.prefill_weights
+        if (account := self._account(held)) is not None:
+            hidden, experts = prefill_held(weights, prompt, cache, account, computes, runtime.rope, is_last=is_last)
+        else:
+            settings = torch.tensor([self._native(compute) for compute in computes])
+            given = settings if bool((settings > 0).any()) else None
+            hidden, experts = prefill(weights, prompt, cache, given, runtime.rope)
         return plain.product(runtime.prefill_weights.head, hidden).float(), experts
 
     def _seat(
@@ -135,12 +147,13 @@ class NativeBackend:
         values: torch.Tensor,
         logits: torch.Tensor,
         experts: list[torch.Tensor] | None,
+        past: Past | None,
     ) -> None:
         """A prompt is read, into keys and values [L, K, S, d]: its rows join, and it is billed as one pass."""
         tally, length = Tally(), keys.shape[2]
         for row in join.rows:
             self.cache.append(keys, values)
-            self._add(row, tally, length, logits)
+            self._add(row, tally, length, logits, None if past is None else replace(past))
         self._bill_prompt(join, tally, length, experts)
         last = None if experts is None else torch.stack([one[-1] for one in experts])
         for row in join.rows:
@@ -167,11 +180,11 @@ class NativeBackend:
         tally = Tally()
         for row in one.rows:
             self.cache.append(keys, values)
-            self._add(row, tally, len(first.prompt), logits[0])
+            self._add(row, tally, len(first.prompt), logits[0], None)
             row.width, row.layers = newest_width(row.meter), None
 
-    def _add(self, row: Row, tally: Tally, length: int, logits: torch.Tensor) -> None:
-        row.state, row.logits = _Held(tally, length), logits
+    def _add(self, row: Row, tally: Tally, length: int, logits: torch.Tensor, past: Past | None) -> None:
+        row.state, row.logits = _Held(tally, length, past), logits
         self._rows.append(row)
 
     # -- step and leave
@@ -179,27 +192,33 @@ class NativeBackend:
     @torch.inference_mode()
     def step(self, rows: Sequence[Row], token_ids: Sequence[int], computes: Sequence[float]) -> None:
         """As `Backend.step`: `rows` are all that joined and did not leave, or one of them."""
-        runtime, order = self.runtime, [self._rows.index(row) for row in rows]
-        settings = torch.tensor([self._native(compute) for compute in computes])
-        ids = torch.tensor(list(token_ids))
-        if len(rows) == len(self._rows):
-            cache: KVCache = self.cache
-            back = torch.tensor(order).argsort()
-            ids, settings = ids[back], settings[back]
-        else:
-            assert len(rows) == 1, "all rows or one"
-            self.cache.reserve(int(self.cache.lengths[order[0]]) + 1)
-            cache = self.cache.only(order[0])
-        given = settings if bool((settings > 0).any()) else None
-        positions = cache.lengths.long()
-        logits, experts = runtime.step(ids, positions, cache, given)
-        for place, row in enumerate(self._rows if cache is self.cache else rows):
+        runtime, cache = self.runtime, self._cache_of(rows)
+        news = dict(zip(rows, zip(token_ids, computes, strict=True), strict=True))
+        ordered = self._rows if cache is self.cache else list(rows)
+        ids, asked = torch.tensor([news[row][0] for row in ordered]), [news[row][1] for row in ordered]
+        account = self._account([row.state.past for row in ordered])
+        step = None if account is None else account.step(asked)
+        native = [self._native(compute) for compute in asked] if step is None else step.values
+        given = torch.tensor(native) if max(native) > 0 else None
+        logits, experts = runtime.step(ids, cache.lengths.long(), cache, given)
+        if step is not None:
+            step.close([0] * len(ordered) if experts is None else runtime.saved(experts))
+        for place, row in enumerate(ordered):
             row.logits = logits[place]
-            chosen = None if experts is None or settings[place] <= 0 else experts[:, place].clone()
+            chosen = None if experts is None or native[place] <= 0 else experts[:, place].clone()
             row.state.unbilled.append(chosen)
             self._show_widths(row, chosen)
             if len(row.state.unbilled) >= BILL_EVERY:
                 self._settle(row)
+
+    def _cache_of(self, rows: Sequence[Row]) -> KVCache:
+        """All rows' cache; or that of one alone."""
+        if len(rows) == len(self._rows):
+            return self.cache
+        assert len(rows) == 1, "all rows or one"
+        place = self._rows.index(rows[0])
+        self.cache.reserve(int(self.cache.lengths[place]) + 1)
+        return self.cache.only(place)
 
     @torch.inference_mode()
     def leave(self, row: Row) -> None:
@@ -236,7 +255,14 @@ class NativeBackend:
             held.billed += stop - start
             start = stop
 
-    # -- widths
+    # -- the dial
+
+    def _new_past(self, join: Join) -> Past | None:
+        return Past() if join.is_held and self.can_hold else None
+
+    def _account(self, pasts: Sequence[Past | None]) -> Account | None:
+        """Of rows in their order; None where none is held."""
+        return Account(self.adapted.table, pasts) if any(past is not None for past in pasts) else None
 
     def _native(self, compute: float) -> float:
         """The setting that the routers obey; 0 is the full FFN."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rheostat.geometry import Geometry
 from rheostat.serve.adaptive import lowered
 from rheostat.serve.backend import Backend, Join, Row
 from rheostat.serve.desk import Desk
@@ -24,13 +25,13 @@ logger = logging.getLogger(__name__)
 class Reader:
     """See the module."""
 
-    def __init__(self, desk: Desk, backend: Backend, tokenizer: Any, low: float) -> None:
+    def __init__(self, desk: Desk, backend: Backend, tokenizer: Any, low: float, geometry: Geometry) -> None:
         """
         Args:
             tokenizer: nobody else uses it.
             low: where the model's dial ends.
         """
-        self.desk, self.backend, self.low = desk, backend, low
+        self.desk, self.backend, self.low, self.geometry = desk, backend, low, geometry
         self._tokenizer = tokenizer
 
     def read(self, reads: Sequence[tuple[Running, Piece]], level: float) -> None:
@@ -84,7 +85,8 @@ class Reader:
         job = one.job
         one.joined = time.monotonic()
         compute = lowered(job.prefill_compute, job.compute_min, level, self.low)
-        one.note_compute(compute, job.prefill_compute)
+        one.note_compute(compute, job.prefill_compute, self.geometry.weights_of(len(job.prompt), 1))
+        one.is_held = job.is_held and self.backend.can_hold
         for place in range(job.n):
             row = Row(job.prompt, one.meter)
             generator = torch.Generator().manual_seed((job.seed + place) % 2**63)
@@ -97,4 +99,4 @@ class Reader:
 
 
 def _join_of(one: Running) -> Join:
-    return Join([line.row for line in one.lines], one.lines[0].compute)
+    return Join([line.row for line in one.lines], one.lines[0].compute, one.is_held)

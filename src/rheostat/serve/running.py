@@ -27,6 +27,23 @@ class Line:
     """Of the pass whose logits are at hand."""
 
 
+@dataclass
+class Mean:
+    """Of numbers with weights."""
+
+    total: float = 0.0
+    weights: int = 0
+
+    def add(self, number: float, weights: int) -> None:
+        """One more."""
+        self.total += number * weights
+        self.weights += weights
+
+    def value(self, none: float) -> float:
+        """The mean; `none` of none."""
+        return self.total / self.weights if self.weights else none
+
+
 @dataclass(eq=False)
 class Running:
     """A job from its arrival to its end. Times are on the monotonic clock; 0 is not yet."""
@@ -45,16 +62,20 @@ class Running:
     """When its first and its newest token were drawn."""
     lowest: float = 1.0
     is_lowered: bool = False
+    is_held: bool = False
+    target: Mean = field(default_factory=Mean)
+    """Of what its passes were run at."""
 
     @property
     def open_lines(self) -> list[Line]:
         """Rows that are still being written, or read."""
         return [line for line in self.lines if not line.is_done]
 
-    def note_compute(self, found: float, asked: float) -> None:
-        """A pass is run at `found` where `asked` was asked for."""
+    def note_compute(self, found: float, asked: float, weights: int) -> None:
+        """A pass is run at `found` where `asked` was asked for; the dense model would multiply so many weights."""
         self.lowest = min(self.lowest, found)
         self.is_lowered |= found < asked
+        self.target.add(found, weights)
 
     def note_token(self, now: float) -> float | None:
         """A token is drawn now; returns the seconds since the one before."""
@@ -68,6 +89,8 @@ class Running:
         joined, first = self.joined or now, self.first or now
         return Bill(
             asked={"prefill": job.prefill_compute, "decode": job.compute},
+            target=self.target.value(job.compute),
+            is_held=self.is_held,
             compute=meter.compute,
             compute_with_context=meter.compute_with_context,
             ffn_fraction=meter.ffn_fraction,

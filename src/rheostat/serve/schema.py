@@ -60,6 +60,7 @@ class Generation(Body):
     model: str = Field(max_length=256)
     compute: Fraction | PhaseCompute | None = Field(None, description="Fraction of the dense model's FLOPs to spend")
     compute_min: Fraction | None = Field(None, description="How far a busy server may lower the dial")
+    hold: bool | None = Field(None, description="Steer the request by what it has spent, to end at `compute`")
     compute_trace: bool = Field(False, description="Stream each token's FFN width by layer too")
     vllm_xargs: dict[str, Any] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None

@@ -37,6 +37,8 @@ class Rules:
     """Where a request does not say."""
     compute_min: float | None = None
     """Likewise: how far the load-adaptive dial may go."""
+    hold: bool = True
+    """Likewise: steer requests by what they have spent."""
     max_prompt_tokens: int = 4096
     max_new_tokens: int = 2048
     """Of one answer at most."""
@@ -119,6 +121,7 @@ class Service:
                 prefill_compute=prefill,
                 compute=decode,
                 compute_min=least,
+                is_held=self._hold(body),
                 sampling=sampling,
                 seed=seed + place * n,
                 n=n,
@@ -160,6 +163,16 @@ class Service:
             found = self.rules.compute_min
             return None if found is None else min(found, asked)
         return self._number("compute_min", found)
+
+    def _hold(self, body: Generation) -> bool:
+        found = body.hold
+        if found is None:
+            found = (body.vllm_xargs or {}).get("hold")
+        if found is None:
+            return self.rules.hold
+        if not isinstance(found, bool):
+            raise bad_setting("hold", str(found)[:40], "true or false")
+        return found
 
     def _reachable(self, name: str, value: Any) -> float:
         number = self._number(name, value)

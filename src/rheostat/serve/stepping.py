@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from rheostat.geometry import Geometry
 from rheostat.sampling import most_likely, sample
 from rheostat.serve.adaptive import lowered
 from rheostat.serve.backend import Backend
@@ -20,13 +21,14 @@ logger = logging.getLogger(__name__)
 class Stepper:
     """See the module."""
 
-    def __init__(self, desk: Desk, backend: Backend, end_ids: frozenset[int], low: float) -> None:
+    def __init__(self, desk: Desk, backend: Backend, end_ids: frozenset[int], low: float, geometry: Geometry) -> None:
         """
         Args:
             end_ids: tokens that end an answer.
             low: where the model's dial ends.
         """
         self.desk, self.backend, self.end_ids, self.low = desk, backend, end_ids, low
+        self._weights = geometry.weights_of(1, 1)
 
     def step(self, level: float) -> None:
         """One token more for every row."""
@@ -42,7 +44,7 @@ class Stepper:
         for one, line in lines:
             asked = one.job.compute
             line.compute = lowered(asked, one.job.compute_min, level, self.low)
-            one.note_compute(line.compute, asked)
+            one.note_compute(line.compute, asked, self._weights)
         self._read(lines)
 
     # -- draw

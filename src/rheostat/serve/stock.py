@@ -19,6 +19,7 @@ from rheostat.spending import spend
 class _Held:
     cache: Any
     num_tokens: int
+    is_held: bool
 
 
 class StockBackend:
@@ -29,7 +30,7 @@ class StockBackend:
     reads_pieces = False
 
     def __init__(self, adapted: Adapted) -> None:
-        self.adapted = adapted
+        self.adapted, self.can_hold = adapted, adapted.can_hold
         self._rows: set[Row] = set()
 
     @torch.inference_mode()
@@ -39,11 +40,11 @@ class StockBackend:
             first = one.rows[0]
             adapted, ids = self.adapted, torch.tensor([first.prompt], device=self.adapted.device)
             cache = adapted.method.make_cache(adapted.model)
-            with spend(one.compute, meter=first.meter):
+            with spend(one.compute, meter=first.meter, hold=one.is_held):
                 logits = adapted.method.prefill(adapted.model, ids, torch.ones_like(ids), cache)
             for row in one.rows:
-                own = cache if row is one.rows[-1] else copy.deepcopy(cache)
-                row.state = _Held(own, len(first.prompt))
+                own = cache if row is one.rows[-1] else self._copied(cache)
+                row.state = _Held(own, len(first.prompt), one.is_held)
                 self._show(row, logits)
         self._rows.update(row for one in joins for row in one.rows)
 
@@ -61,7 +62,7 @@ class StockBackend:
             held.num_tokens += 1
             ids = torch.tensor([[token]], device=adapted.device)
             mask = torch.ones(1, held.num_tokens, dtype=torch.long, device=adapted.device)
-            with spend(compute, meter=row.meter):
+            with spend(compute, meter=row.meter, hold=held.is_held):
                 self._show(row, adapted.method.decode(adapted.model, ids, mask, held.cache))
 
     def leave(self, row: Row) -> None:
@@ -73,6 +74,11 @@ class StockBackend:
     def cache_bytes(self) -> int:
         """Not known in general."""
         return 0
+
+    def _copied(self, cache: Any) -> Any:
+        copied = copy.deepcopy(cache)
+        self.adapted.share_account(cache, copied)
+        return copied
 
     def _show(self, row: Row, logits: torch.Tensor) -> None:
         row.logits = logits[0].float().cpu()

@@ -9,16 +9,13 @@ from rheostat.adapted import Adapted
 from rheostat.calibration import calibrate
 from rheostat.methods.kv_prediction import KVPrediction
 from rheostat.methods.kv_prediction.predictor import predictors
-from tests.tiny import tiny_model, tiny_windows
+from tests.tiny import tiny_fitted, tiny_model, tiny_windows
 
 
 def given(family: str = "llama", layers: int = 4, **settings: object) -> Adapted:
     """Solved in closed form, its dial measured."""
     defaults: dict[str, object] = {"depths": (1, 2, 3)}
-    adapted = Adapted(tiny_model(family, layers=layers), KVPrediction(**(defaults | settings)))  # type: ignore[arg-type]
-    adapted.method.fit(adapted.model, tiny_windows(), generator=torch.Generator().manual_seed(0))
-    adapted.dial = calibrate(adapted, tiny_windows(seed=1))
-    return adapted
+    return tiny_fitted(KVPrediction(**(defaults | settings)), family, layers=layers)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 #include "ahead.h"
 #include "draft.h"
 #include "reader.h"
+#include "settle.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -236,3 +237,5 @@ EXPORT void rheostat_read_prompts(const Decoder* decoder, const Reading* reading
 EXPORT void rheostat_read_ahead(const Decoder* decoder, const Reading* reading, const Predicted* ahead, int num_threads) {
     read_ahead(*decoder, *reading, *ahead, num_threads);
 }
+
+EXPORT void rheostat_settle(const Settling* settling, int num_threads) { settle(*settling, num_threads); }
