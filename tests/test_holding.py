@@ -166,6 +166,26 @@ def test_a_copy_of_a_cache_goes_on_from_the_same_account_by_itself(qwen):
     assert first is not second
 
 
+@pytest.mark.parametrize("rows", [[2], [1, 0, 2], [1, 1, 0, 2]], ids=str)
+def test_rows_that_are_dropped_moved_or_repeated_go_on_as_they_would_alone(qwen, rows):
+    def answer(prompts, mask, chosen):
+        cache = qwen.method.make_cache(qwen.model)
+        with spend(middle(qwen), hold=True), torch.no_grad():
+            qwen.method.prefill(qwen.model, prompts, mask, cache)
+            qwen.choose_rows(cache, torch.tensor(chosen))
+            mask = mask[chosen]
+            for t in range(3):
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                logits = qwen.method.decode(qwen.model, torch.full((len(chosen), 1), 7 + t), mask, cache)
+        return logits, qwen._hooks._accounts[cache].rows
+
+    logits, accounts = answer(PROMPTS, MASK, rows)
+    for place, row in enumerate(rows):
+        alone, (own,) = answer(PROMPTS[row : row + 1], MASK[row : row + 1], [0])
+        torch.testing.assert_close(logits[place], alone[0], rtol=1e-4, atol=1e-4)
+        assert accounts[place] == own
+
+
 def test_beams_are_held(qwen):
     with spend(middle(qwen), hold=True) as meter:
         qwen.generate(PROMPTS, attention_mask=MASK, num_beams=3, **GREEDY)

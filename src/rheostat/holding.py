@@ -187,9 +187,14 @@ class Account:
         """Of rows that have done nothing yet, all held."""
         return cls(table, [Past() for _ in range(num_rows)])
 
+    def choose(self, rows: Sequence[int]) -> Account:
+        """Of other rows, each of which goes on, on its own, from what the one of these that it names has done."""
+        pasts = [self.rows[row] for row in rows]
+        return Account(self.table, [None if past is None else replace(past) for past in pasts])
+
     def copy(self) -> Account:
         """The same so far, and on its own from now on."""
-        return Account(self.table, [None if past is None else replace(past) for past in self.rows])
+        return self.choose(range(len(self.rows)))
 
     def skip(self, counts: Sequence[float]) -> None:
         """A pass at full compute over `counts` [B] tokens of the rows: nothing to steer."""
