@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 import rheostat
 from rheostat import families
 from rheostat.adapted import Adapted
+from rheostat.checkpoints import reading
 from rheostat.dial import Dial
 from rheostat.digests import known_digest
 from rheostat.errors import SettingError, bad_setting
@@ -112,8 +113,10 @@ def load_artifact(
     folder = Path(path)
     manifest = read_manifest(folder)
     check_files(folder, manifest["files"])
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    options: dict[str, Any] = {"trust_remote_code": False}  # None would ask on the terminal
+    with reading(str(path), "an artifact with all its files"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     adapted = Adapted(
         model, kept_method(manifest["method"]), Dial.from_dict(manifest["dial"]), report=manifest["report"]
     )

@@ -33,6 +33,12 @@ def test_a_comparison(rheostat, reports: Path):
     assert "note: Text words: one, two and old.json saw different tokens" in done.out
 
 
+def test_a_comparison_may_be_written_again(rheostat, reports: Path):
+    for _ in range(2):
+        done = rheostat("report", reports / "one", reports / "two", "--out", reports / "out")
+        assert done.status == 0, done.err
+
+
 def test_one_report_alone_and_nothing_written(rheostat, reports: Path):
     before = sorted(reports.rglob("*"))
     done = rheostat("report", reports / "two" / "report.json")
