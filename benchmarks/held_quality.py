@@ -183,6 +183,8 @@ def compare(found: list[dict[str, Any]]) -> Iterator[str]:
             place = min(max(sum(one["spent"] <= held["spent"] for one in free), 1), len(free) - 1)
             low, high = free[place - 1], free[place]
             share = (held["spent"] - low["spent"]) / (high["spent"] - low["spent"])
+            if not -0.5 <= share <= 1.5:  # too far from both
+                continue
             for what, rows in figures(held).items():
                 table = (1 - share) * figures(low)[what] + share * figures(high)[what]
                 difference = rows - table
