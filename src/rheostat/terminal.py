@@ -75,9 +75,15 @@ def console(stream: TextIO | None = None) -> Console:
     """A console on standard output (or `stream`), wide enough for tables also when that is no terminal."""
     from rich.console import Console
 
+    class Piped(Console):
+        """Where the reader has gone, says so as `print` does; rich would end the process with status 1."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
     stream = stream or sys.stdout
     width = None if stream.isatty() or os.environ.get("COLUMNS") else PLAIN_WIDTH
-    return Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
+    return Piped(file=stream, highlight=False, markup=False, emoji=False, width=width)
 
 
 # -- numbers
