@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from rheostat.report.writing import write
-from tests.report.sample import old_sample, sample
+from tests.report.sample import old_sample, put, sample
 
 
 @pytest.fixture
 def reports(tmp_path: Path) -> Path:
     """Two folders with reports on the same text, and an old one."""
-    write(tmp_path / "one" / "report", sample("words", model="one"))
-    write(tmp_path / "two", sample("words", model="two", scale=1.1))
+    put(tmp_path / "one" / "report", sample("words", model="one"))
+    put(tmp_path / "two", sample("words", model="two", scale=1.1))
     (tmp_path / "old.json").write_text(json.dumps(old_sample()))
     return tmp_path
 
