@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rheostat import kernels
 from rheostat.__main__ import main
 
 TINY_FIT = ("--fit", "windows=8", "--fit", "length=64", "--fit", "dial_windows=4")
@@ -32,6 +33,12 @@ class Done:
 
 
 Rheostat = Callable[..., Done]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled() -> None:
+    """Commands say that kernels are compiled, where that has still to be done."""
+    kernels.library()
 
 
 @pytest.fixture
