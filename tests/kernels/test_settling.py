@@ -80,7 +80,9 @@ def test_ties_and_least_numbers_fall_as_in_pytorch(monkeypatch):
         base = filled(16, (32,) * ROWS, dtype)
         steps = torch.arange(16).float()
         for states in (base.keys, base.values):
-            states[0] = (steps * torch.arange(base.num_slots)[:, None] * 7 % 481 / 32).to(dtype)  # 0 to 15 in halves of 1/16
+            states[0] = (steps * torch.arange(base.num_slots)[:, None] * 7 % 481 / 32).to(
+                dtype
+            )  # 0 to 15 in halves of 1/16
             states[1] = (torch.rand(states[1].shape, generator=torch.Generator().manual_seed(3)) * 3e-6).to(dtype)
             states[1, :, :, :, 5] *= 1e-3
         bodies = []

@@ -55,8 +55,8 @@ def refusal(answer: httpx.Response, status: int) -> str:
     ("content", "message"),
     [
         (b'{"model": "tiny", "prompt": ', "JSON"),
-        (b"[1, 2]", "dictionary"),
-        (b"", "required"),
+        (b"[1, 2]", "a JSON object"),
+        (b"", "a JSON object"),
         (b'{"model": "tiny", "prompt": "\xff\xfe"}', "body"),
         (b'{"model": "tiny", "prompt": "\\ud800"}', "Unicode"),
         (b'{"model": "tiny", "prompt": "x", "temperature": NaN}', "temperature"),

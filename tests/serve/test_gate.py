@@ -129,3 +129,22 @@ def test_pieces_pass_at_once():
         assert (await asking)[2] == b"firstlast"
 
     asyncio.run(first_before_last())
+
+
+def test_what_nobody_foresaw_has_an_id_and_is_counted():
+    refused: list[int] = []
+
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        raise ZeroDivisionError
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/health", "method": "GET", "headers": []}
+    with pytest.raises(ZeroDivisionError):  # for the server's log
+        asyncio.run(gate(broken, on_refusal=refused.append)(scope, None, send))
+    assert (sent[0]["status"], refused) == (500, [500])
+    assert "x-request-id" in {name.decode() for name, _ in sent[0]["headers"]}
+    assert message(sent[1]["body"]) == "the server failed at this request"

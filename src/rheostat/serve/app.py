@@ -9,13 +9,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 
 import rheostat
 from rheostat.errors import SettingError
 from rheostat.serve.answers import Chat, Plain
-from rheostat.serve.errors import Refusal
+from rheostat.serve.errors import Refusal, unusable
 from rheostat.serve.gate import Gate
 from rheostat.serve.generation import generate
 from rheostat.serve.metrics import Metrics
@@ -48,8 +48,6 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
         redoc_url=None,
     )
     rules = service.rules
-    if rules.origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(rules.origins), allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(
         Gate,
         api_key=rules.api_key,
@@ -57,7 +55,15 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
         request_seconds=rules.request_seconds,
         on_refusal=metrics.refused,
     )
-    _add_errors(app)
+    if rules.origins:  # last, so outermost: pages may read what the gate refuses, too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(rules.origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    _add_errors(app, service)
     _add_generation(app, service)
     _add_rest(app, service, metrics)
     return app
@@ -87,6 +93,7 @@ def _add_rest(app: FastAPI, service: Service, metrics: Metrics) -> None:
         service.virtual(name)
         return _model(service, name)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: ERRORS[503]})
     async def health() -> dict[str, Any]:
         """Whether the server takes requests."""
@@ -106,6 +113,7 @@ def _add_rest(app: FastAPI, service: Service, metrics: Metrics) -> None:
         """The dial's range, the model's sizes, and the measured curve where the artifact holds one: for the page."""
         return _dial(service)
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         """The page."""
@@ -139,37 +147,33 @@ def _page() -> str:
 # -- errors
 
 
-def _add_errors(app: FastAPI) -> None:
-    def answer(refusal: Refusal) -> JSONResponse:
-        return JSONResponse(refusal.body, refusal.status, headers=refusal.headers)
+def _add_errors(app: FastAPI, service: Service) -> None:
+    """What nobody foresaw is the gate's: it stands around these."""
+
+    def answer(refusal: Refusal) -> Response:
+        return Response(refusal.content, refusal.status, headers=refusal.headers, media_type="application/json")
 
     @app.exception_handler(Refusal)
-    async def refused(request: Request, error: Refusal) -> JSONResponse:
+    async def refused(request: Request, error: Refusal) -> Response:
         return answer(error)
 
     @app.exception_handler(SettingError)
-    async def setting(request: Request, error: SettingError) -> JSONResponse:
+    async def setting(request: Request, error: SettingError) -> Response:
         name = str(error).partition("=")[0].partition(":")[0]
         return answer(Refusal(400, str(error), param=name if name.isidentifier() else None))
 
     @app.exception_handler(UnknownModel)
-    async def unknown(request: Request, error: UnknownModel) -> JSONResponse:
-        return answer(
-            Refusal(404, f"there is no model {str(error)[:80]!r} here", param="model", code="model_not_found")
-        )
+    async def unknown(request: Request, error: UnknownModel) -> Response:
+        name = service.rules.name
+        message = f"there is no model {str(error)[:80]!r} here: ask for {name!r}, or for '{name}@x' at compute x"
+        return answer(Refusal(404, message, param="model", code="model_not_found"))
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return answer(Refusal(400, f"{where or 'body'}: {first['msg']}", param=where or None))
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return answer(unusable(error.errors(), error.body))
 
     @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
+    async def http(request: Request, error: HTTPException) -> Response:
         refusal = Refusal(error.status_code, str(error.detail))
         refusal.headers.update(error.headers or {})
         return answer(refusal)
-
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        return answer(Refusal(500, "the server failed at this request"))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import re
 import secrets
@@ -75,6 +74,10 @@ class Gate:
             if status:
                 raise  # in the middle of an answer that nobody reads: the connection is cut
             await _refuse(answer, Refusal(504, "the time limit of this server has passed"))
+        except Exception:
+            if not status:
+                await _refuse(answer, Refusal(500, "the server failed at this request"))
+            raise  # the server logs it
         finally:
             path, seconds = scope["path"], time.monotonic() - started
             fields = {"request_id": id, "method": scope["method"], "path": path, "status": status}
@@ -150,7 +153,7 @@ def _header(scope: Message, name: bytes) -> str | None:
 
 
 async def _refuse(send: Send, refusal: Refusal) -> None:
-    body = json.dumps(refusal.body).encode()
+    body = refusal.content
     headers = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers}
     if refusal.status == 401:
         headers["www-authenticate"] = "Bearer"

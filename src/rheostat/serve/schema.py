@@ -30,6 +30,24 @@ REFUSED = {
     "echo": False,
     "suffix": None,
     "audio": None,
+    "repetition_penalty": 1,
+    "length_penalty": 1,
+    "min_p": 0,
+    "typical_p": 1,
+    "min_tokens": 0,
+    "stop_token_ids": [],
+    "allowed_token_ids": None,
+    "bad_words": [],
+    "use_beam_search": False,
+    "guided_json": None,
+    "guided_regex": None,
+    "guided_choice": None,
+    "guided_grammar": None,
+    "structured_outputs": None,
+    "chat_template": None,
+    "chat_template_kwargs": {},
+    "continue_final_message": False,
+    "add_generation_prompt": True,
 }
 """Fields that change the answer and that this server does not know -> the value that changes nothing."""
 
@@ -84,7 +102,9 @@ class Generation(Body):
         extra = self.model_extra or {}
         for name, neutral in REFUSED.items():
             if (value := extra.get(name)) not in (None, neutral, [], {}):
-                raise SettingError(f"{name}: must be left out, this server does not support it (got {str(value)[:80]})")
+                raise SettingError(
+                    f"{name}: must be left out, this server does not support it (got {repr(value)[:80]})"
+                )
         if (best := extra.get("best_of")) not in (None, 1, self.n):
             raise bad_setting("best_of", best, "equal to n, or left out")
 

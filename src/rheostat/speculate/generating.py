@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rheostat.errors import SettingError, bad_setting
+from rheostat.errors import SettingError, bad_setting, renamed
 from rheostat.methods.base import Method
 from rheostat.sampling import Sampling
 from rheostat.speculate.drafter import Drafter, Host, Stopping
@@ -110,7 +110,9 @@ def make_drafter(
         return asked
     if asked not in DRAFTERS:
         raise bad_setting("speculate", asked, f"one of {', '.join(DRAFTERS)}, or a drafter")
-    return DRAFTERS[asked](Asked(method, low, compute, Stopping(risk=risk)))
+    with renamed(risk="draft_risk"):
+        stopping = Stopping(risk=risk)
+    return DRAFTERS[asked](Asked(method, low, compute, stopping))
 
 
 def generate(

@@ -271,6 +271,15 @@ def test_the_meter_bills_auxiliary_and_maps_and_knows_the_dense_cost():
     assert meter.num_decode_tokens == 0
 
 
+@pytest.mark.parametrize("runtime", ["stock", "native"])
+def test_no_ffn_is_narrower_for_a_predicted_prompt(runtime):
+    adapted = given()
+    with spend({"prefill": adapted.dial.low}) as meter:
+        adapted.generate(tiny_windows(1, 12), max_new_tokens=2, do_sample=False, runtime=runtime)
+    assert meter.compute < 1
+    assert meter.ffn_fraction == 1.0
+
+
 def test_between_two_depths_the_cheaper_counts():
     adapted = given()
     found = [depth_for(adapted.model, setting) for setting in (0.0, 0.2, 1.0, 1.1, 2.0, 3.0, 9.0)]
