@@ -54,7 +54,7 @@ def stock_adapter(model, tokenizer):
 
 
 def ours(model, tokenizer, **options):
-    return make_lm(Adapted(model), tokenizer, **options)
+    return make_lm(model if isinstance(model, Adapted) else Adapted(model), tokenizer, **options)
 
 
 def assert_alike(found, wanted):
@@ -127,8 +127,9 @@ def test_empty_requests(reading_model, tiny_tokenizer, ask):
 
 def test_a_method_that_decodes_its_own_way_is_named(reading_model, tiny_tokenizer, ask):
     requests = ask("loglikelihood", PAIRS[:12])
-    wanted = ours(reading_model, tiny_tokenizer).loglikelihood(requests)
-    lm = make_lm(Adapted(reading_model, Hasty()), tiny_tokenizer)
+    plain = Adapted(reading_model)
+    wanted = ours(plain, tiny_tokenizer).loglikelihood(requests)
+    lm = make_lm(Adapted(plain.detach(), Hasty()), tiny_tokenizer)
     assert_alike(lm.loglikelihood(requests), wanted)
     assert lm.account.modes == {"prefill+steps"}
 
@@ -175,9 +176,10 @@ def test_processes_share_whole_batches(reading_model, tiny_tokenizer, ask):
 def test_drawn_answers_depend_on_the_seed_alone(reading_model, tiny_tokenizer, ask):
     settings = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 3.0, "top_k": 50, "top_p": 0.9}
     requests = ask("generate_until", [(context, settings) for context in CONTEXTS])
+    adapted = Adapted(reading_model)
 
     def drawn(seed: int) -> list[str]:
-        return ours(reading_model, tiny_tokenizer, seed=seed).generate_until(requests)
+        return ours(adapted, tiny_tokenizer, seed=seed).generate_until(requests)
 
     assert drawn(0) == drawn(0)
     assert drawn(0) != drawn(1)
@@ -218,12 +220,13 @@ def test_bad_settings(reading_model, tiny_tokenizer, options, message):
 
 
 def test_a_tokenizer_is_needed(reading_model):
+    adapted = Adapted(reading_model)
     with pytest.raises(SettingError, match="tokenizer=None: must be the model's tokenizer"):
-        ours(reading_model, None)
+        ours(adapted, None)
     endless = byte_tokenizer()
     endless.eos_token = None
     with pytest.raises(SettingError, match="one with an end-of-text token"):
-        ours(reading_model, endless)
+        ours(adapted, endless)
 
 
 @pytest.mark.model
