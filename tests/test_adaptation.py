@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,18 @@ HELD = [f"Somebody wrote {n} letters in {n + 2} winters, and sent none." for n i
 @pytest.fixture
 def model(tiny_model_folder) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model_folder, tiny_tokenizer) -> Callable[..., Adapted]:
+    """Runs that nothing interrupted, by their training: each is made once. Tests must not change them."""
+
+    @functools.cache
+    def made(train: TrainSettings | None = None) -> Adapted:
+        dense = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
+        return adapted_on(dense, tiny_tokenizer, train=train)
+
+    return made
 
 
 def adapted_on(model: PreTrainedModel, tokenizer, **settings) -> Adapted:
@@ -82,11 +97,14 @@ def test_a_file_may_hold_the_text(model, tiny_tokenizer, tiny_text):
     assert adapted.report["held_out"] == str(tiny_text)
 
 
-def test_the_same_seed_gives_the_same_model(model, tiny_tokenizer):
-    runs = [adapted_on(copy.deepcopy(model), tiny_tokenizer, seed=seed, train=TRAIN) for seed in (1, 1, 2)]
-    assert equal(runs[0], runs[1])
-    assert runs[0].dial == runs[1].dial
-    assert not equal(runs[0], runs[2])
+def test_the_same_seed_gives_the_same_model(model, tiny_tokenizer, whole):
+    first, again, other = (
+        whole(TRAIN),
+        *(adapted_on(copy.deepcopy(model), tiny_tokenizer, seed=seed, train=TRAIN) for seed in (0, 1)),
+    )
+    assert equal(first, again)
+    assert first.dial == again.dial
+    assert not equal(first, other)
 
 
 def test_the_plain_model_is_adapted_too(model, tiny_tokenizer):
@@ -97,8 +115,7 @@ def test_the_plain_model_is_adapted_too(model, tiny_tokenizer):
     assert all(torch.equal(adapted.model.state_dict()[key], before[key]) for key in before)
 
 
-def test_an_interrupted_fit_is_resumed(model, tiny_tokenizer, tmp_path, monkeypatch, caplog):
-    whole = adapted_on(copy.deepcopy(model), tiny_tokenizer)
+def test_an_interrupted_fit_is_resumed(model, tiny_tokenizer, tmp_path, monkeypatch, caplog, whole):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(KeyboardInterrupt):
         adapted_on(model, tiny_tokenizer, work_dir=tmp_path, progress=stop_at("measuring the dial"))
@@ -114,13 +131,13 @@ def test_an_interrupted_fit_is_resumed(model, tiny_tokenizer, tmp_path, monkeypa
         patch.setattr(DynaMoE, "fit", fail)
         resumed = adapted_on(model, tiny_tokenizer, work_dir=tmp_path)
     assert "resuming after the fit" in caplog.text
-    assert equal(resumed, whole)
-    assert resumed.dial == whole.dial
-    assert resumed.report["fitted"] == whole.report["fitted"]
+    assert equal(resumed, whole())
+    assert resumed.dial == whole().dial
+    assert resumed.report["fitted"] == whole().report["fitted"]
 
 
-def test_a_fit_goes_on_with_the_next_layer(model, tiny_tokenizer, tmp_path, monkeypatch):
-    whole = adapted_on(copy.deepcopy(model), tiny_tokenizer)
+def test_a_fit_goes_on_with_the_next_layer(model, tiny_tokenizer, tmp_path, monkeypatch, whole):
+    wanted = whole()
     with pytest.raises(KeyboardInterrupt):
         adapted_on(model, tiny_tokenizer, work_dir=tmp_path, progress=stop_at("solving layers", 2))
     assert not nested_ffns(model)
@@ -130,19 +147,18 @@ def test_a_fit_goes_on_with_the_next_layer(model, tiny_tokenizer, tmp_path, monk
     monkeypatch.setattr(fitting, "_solve", lambda *args, solve=fitting._solve: solved.append(args) or solve(*args))
     resumed = adapted_on(model, tiny_tokenizer, work_dir=tmp_path)
     assert len(solved) == len(nested_ffns(model)) - 1
-    assert equal(resumed, whole)
-    assert resumed.report["fitted"] == whole.report["fitted"]
+    assert equal(resumed, wanted)
+    assert resumed.report["fitted"] == wanted.report["fitted"]
     assert [p.name for p in tmp_path.iterdir()] == ["fit.safetensors"]
 
 
-def test_a_damaged_layer_is_solved_again(model, tiny_tokenizer, tmp_path, caplog):
+def test_a_damaged_layer_is_solved_again(model, tiny_tokenizer, tmp_path, caplog, whole):
     with pytest.raises(KeyboardInterrupt):
         adapted_on(model, tiny_tokenizer, work_dir=tmp_path, progress=stop_at("solving layers", 2))
     next(tmp_path.glob("*/layer-000.safetensors")).write_bytes(b"damaged")
-    whole = adapted_on(copy.deepcopy(model), tiny_tokenizer)
     resumed = adapted_on(model, tiny_tokenizer, work_dir=tmp_path)
     assert "solving the layer again" in caplog.text
-    assert equal(resumed, whole)
+    assert equal(resumed, whole())
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"fit": FitSettings(windows=7, length=32)}, {"text": TEXT[:20]}, {}])
@@ -158,17 +174,16 @@ def test_what_was_kept_is_used_only_for_the_same_settings(model, tiny_tokenizer,
     assert equal(again, fresh)
 
 
-def test_a_damaged_leftover_is_fitted_again(model, tiny_tokenizer, tmp_path, caplog):
+def test_a_damaged_leftover_is_fitted_again(model, tiny_tokenizer, tmp_path, caplog, whole):
     (tmp_path / "fit.safetensors").write_bytes(b"damaged")
-    adapted = adapted_on(copy.deepcopy(model), tiny_tokenizer, work_dir=tmp_path)
+    adapted = adapted_on(model, tiny_tokenizer, work_dir=tmp_path)
     assert "cannot be read" in caplog.text
-    assert equal(adapted, adapted_on(model, tiny_tokenizer))
+    assert equal(adapted, whole())
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
-def test_interrupted_training_is_resumed_to_the_same_weights(model, tiny_tokenizer, tmp_path, lora_rank):
-    train = TrainSettings(**{**vars(TRAIN), "lora_rank": lora_rank})
-    whole = adapted_on(copy.deepcopy(model), tiny_tokenizer, train=train)
+def test_interrupted_training_is_resumed_to_the_same_weights(model, tiny_tokenizer, tmp_path, lora_rank, whole):
+    train = dataclasses.replace(TRAIN, lora_rank=lora_rank)
     with pytest.raises(KeyboardInterrupt):
         adapted_on(
             copy.deepcopy(model), tiny_tokenizer, train=train, work_dir=tmp_path, progress=stop_at("training", 4)
@@ -176,34 +191,31 @@ def test_interrupted_training_is_resumed_to_the_same_weights(model, tiny_tokeniz
     (folder,) = tmp_path.glob("train-*")
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-3"]
     resumed = adapted_on(model, tiny_tokenizer, train=train, work_dir=tmp_path)
-    assert equal(resumed, whole)
-    assert resumed.dial == whole.dial
+    assert equal(resumed, whole(train))
+    assert resumed.dial == whole(train).dial
 
 
-def test_training_that_was_not_begun_starts_with_the_same_adapters(model, tiny_tokenizer, tmp_path):
-    train = TrainSettings(**{**vars(TRAIN), "lora_rank": 2})
-    whole = adapted_on(copy.deepcopy(model), tiny_tokenizer, train=train)
+def test_training_that_was_not_begun_starts_with_the_same_adapters(model, tiny_tokenizer, tmp_path, whole):
+    train = dataclasses.replace(TRAIN, lora_rank=2)
     with pytest.raises(KeyboardInterrupt):
         adapted_on(
             copy.deepcopy(model), tiny_tokenizer, train=train, work_dir=tmp_path, progress=stop_at("training", 1)
         )
     assert not list(tmp_path.glob("train-*/checkpoint-*"))
     # The fit is not run again, so it has not drawn from the common source of randomness.
-    assert equal(adapted_on(model, tiny_tokenizer, train=train, work_dir=tmp_path), whole)
+    assert equal(adapted_on(model, tiny_tokenizer, train=train, work_dir=tmp_path), whole(train))
 
 
-def test_training_is_reported(model, tiny_tokenizer):
-    adapted = adapted_on(model, tiny_tokenizer, train=TRAIN)
-    trained = json.loads(json.dumps(adapted.report))["trained"]
+def test_training_is_reported(whole):
+    trained = json.loads(json.dumps(whole(TRAIN).report))["trained"]
     assert (trained["steps"], trained["tokens"]) == (6, 6 * 2 * 32)
     assert {"loss", "distill", "router"} <= trained["log"][-1].keys()
 
 
-def test_routers_are_fitted_anew_after_training(model, tiny_tokenizer):
-    adapted = adapted_on(model, tiny_tokenizer, train=TRAIN)
-    assert len(adapted.report["settled"]["layers"]) == len(nested_ffns(model))
-    adapted.detach()
-    assert "settled" not in adapted_on(model, tiny_tokenizer).report
+def test_routers_are_fitted_anew_after_training(whole):
+    adapted = whole(TRAIN)
+    assert len(adapted.report["settled"]["layers"]) == len(nested_ffns(adapted.model))
+    assert "settled" not in whole().report
 
 
 def test_a_chain_distils_as_its_methods_do(model, tiny_tokenizer):

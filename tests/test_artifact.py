@@ -46,6 +46,13 @@ def edit(folder: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_missing_file_without_a_digest_is_told_in_one_line(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(SettingError, match=r"model='.*artifact': must be an artifact with all its files"):
+        load_artifact(saved)
+
+
 # -- the round trip
 
 

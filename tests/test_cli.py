@@ -134,8 +134,23 @@ def test_json_is_the_last_line_and_has_no_odd_numbers(capsys, monkeypatch: pytes
     assert capsys.readouterr().out == "table\n"
 
 
-def test_python_m_rheostat(tiny_model_folder: Path):
-    """A real process, whose standard error stays empty: no bars and no advice from the libraries below."""
+def test_python_m_rheostat():
+    command = [sys.executable, "-m", "rheostat", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert (done.stdout, done.stderr) == (f"rheostat {rheostat.__version__}\n", "")
+
+
+def test_loading_is_quiet(tiny_model_folder: Path, capfd: pytest.CaptureFixture[str]):
+    """Standard error stays empty: no bars from the libraries below."""
+    assert main(["info", str(tiny_model_folder), "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert json.loads(out.splitlines()[-1])["geometry"]["num_layers"] == 2
+
+
+@pytest.mark.slow  # a fresh interpreter imports all of `transformers`, seven seconds of a processor
+def test_a_real_process_is_quiet(tiny_model_folder: Path):
+    """No advice from the libraries below either, when they are first imported."""
     command = [sys.executable, "-m", "rheostat", "info", str(tiny_model_folder), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert done.stderr == ""

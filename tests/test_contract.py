@@ -115,7 +115,7 @@ def test_full_compute_is_the_dense_model(name, family):
 @pytest.mark.parametrize(("name", "family"), every)
 def test_state_and_settings_survive_a_round_trip(name, family):
     ids = tiny_windows(2)
-    adapted = tiny_solved(CASES[name], family)
+    adapted = tiny_solved(CASES[name], family)  # not put together, as `fitted` does it
     again = Adapted(tiny_model(family), make_method(adapted.method.to_dict()), adapted.dial)
     assert again.method == adapted.method
     again.method.load_state(again.model, adapted.method.state(adapted.model))

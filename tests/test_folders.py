@@ -171,3 +171,33 @@ def test_a_folder_that_is_not_ours_is_not_replaced(tmp_path):
     check_output(path, overwrite=True, is_replaced=False)
     (path / "config.json").write_text("{}")
     check_output(path, overwrite=True)
+
+
+@pytest.mark.parametrize("target", ["out", "nowhere"])
+def test_a_link_stays_and_the_folder_that_it_names_is_made(tmp_path, target):
+    old_folder(tmp_path)
+    link = tmp_path / "links" / "link"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / target)
+    with whole_folder(link, overwrite=True) as folder:
+        fill(folder)
+        assert folder.parent == tmp_path  # where it is renamed
+    assert link.is_symlink()
+    assert (tmp_path / target / "file").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == sorted({"links", "out", target})
+    assert os.listdir(link.parent) == ["link"]
+
+
+def test_a_name_that_no_folder_can_have_is_refused(tmp_path):
+    with pytest.raises(SettingError, match=r"out='.*xxx': must be a folder that can be made \(File name too long\)"):
+        check_output(tmp_path / ("x" * 300), overwrite=True)
+
+
+def test_where_files_join_a_folder_it_is_the_one_that_must_be_writable(tmp_path, monkeypatch):
+    path = old_folder(tmp_path)
+    monkeypatch.setattr(os, "access", lambda found, mode: Path(found) != path)
+    check_output(path, overwrite=True)  # replaced: what is written lies beside it
+    with pytest.raises(SettingError, match=r"out='.*out': must be a folder that can be written"):
+        check_output(path, overwrite=True, is_replaced=False)
+    monkeypatch.setattr(os, "access", lambda found, mode: Path(found) == path)
+    check_output(path, overwrite=True, is_replaced=False)

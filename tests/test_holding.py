@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from rheostat import holding
 from rheostat.adapted import Adapted
 from rheostat.decode import stream
 from rheostat.dial import Dial
 from rheostat.errors import SettingError
-from rheostat.holding import Account, Past, Table
+from rheostat.holding import Account, Parts, Past, Table
 from rheostat.methods import Method
-from rheostat.spending import spend
+from rheostat.spending import current_pass, spend
 from tests.tiny import SMOLLM2, tiny_adapted, tiny_model, tiny_windows
 
 LENGTHS = (20, 13, 6)
@@ -41,7 +43,11 @@ def middle(adapted: Adapted) -> float:
 # -- the whole
 
 
-def test_a_held_batch_ends_at_what_was_asked_on_every_path_with_one_text(llama):
+@pytest.mark.parametrize("part", [256, 6])
+def test_a_held_batch_ends_at_what_was_asked_on_every_path_with_one_text(
+    llama, part: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(holding, "PART", part)
     asked = middle(llama)
     texts, spent = [], []
     for runtime in ("stock", "native"):
@@ -118,6 +124,66 @@ def test_pieces_of_a_prompt_and_answers_go_on_with_its_account(llama):
         llama.method.prefill(llama.model, ids[:, 9:], torch.ones(1, 20), cache)
     assert abs(meter.compute - asked) <= abs(first - asked) + 1e-9
     assert meter.compute == pytest.approx(asked, abs=0.02)
+
+
+def test_a_prompt_of_several_parts_reads_each_without_those_after_it(llama, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(holding, "PART", 8)
+    windows = tiny_windows(3, 20, seed=5)
+    changed = windows.clone()
+    changed[:, 8:] = tiny_windows(3, 12, seed=9)
+    seen = []
+    for ids in (windows, changed):
+        with spend(middle(llama), hold=True), torch.no_grad():
+            llama(input_ids=ids, logits_to_keep=1)
+            held = current_pass().held  # type: ignore[union-attr]
+            seen.append(held.by_part(1))  # type: ignore[union-attr]
+    assert seen[0].shape == (3, 3)
+    assert (seen[0][:, 0] == seen[1][:, 0]).all()
+    assert (seen[0][:, 1:] != seen[1][:, 1:]).any()
+
+
+def test_rows_with_a_past_that_nobody_held_know_how_long_it_is(qwen):
+    cache = qwen.method.make_cache(qwen.model)
+    with torch.no_grad():
+        qwen.method.prefill(qwen.model, PROMPTS, MASK, cache)
+        with spend(middle(qwen), hold=True):
+            qwen.method.decode(qwen.model, PROMPTS[:, :1], torch.cat([MASK, MASK[:, -1:]], 1), cache)
+    assert [past.tokens for past in qwen._hooks._accounts[cache].rows] == [n + 1 for n in LENGTHS]
+
+
+def test_a_copy_of_a_cache_goes_on_from_the_same_account_by_itself(qwen):
+    cache = qwen.method.make_cache(qwen.model)
+    mask = torch.ones(1, 20)
+    with spend(middle(qwen), hold=True), torch.no_grad():
+        qwen.method.prefill(qwen.model, PROMPTS[:1], mask, cache)
+        copied = copy.deepcopy(cache)
+        qwen.share_account(cache, copied)
+        for one in (cache, copied):
+            for t in range(3):
+                qwen.method.decode(qwen.model, PROMPTS[:1, t : t + 1], torch.ones(1, 21 + t), one)
+    first, second = (qwen._hooks._accounts[one].rows[0] for one in (cache, copied))
+    assert first == second
+    assert first is not second
+
+
+@pytest.mark.parametrize("rows", [[2], [1, 0, 2], [1, 1, 0, 2]], ids=str)
+def test_rows_that_are_dropped_moved_or_repeated_go_on_as_they_would_alone(qwen, rows):
+    def answer(prompts, mask, chosen):
+        cache = qwen.method.make_cache(qwen.model)
+        with spend(middle(qwen), hold=True), torch.no_grad():
+            qwen.method.prefill(qwen.model, prompts, mask, cache)
+            qwen.choose_rows(cache, torch.tensor(chosen))
+            mask = mask[chosen]
+            for t in range(3):
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                logits = qwen.method.decode(qwen.model, torch.full((len(chosen), 1), 7 + t), mask, cache)
+        return logits, qwen._hooks._accounts[cache].rows
+
+    logits, accounts = answer(PROMPTS, MASK, rows)
+    for place, row in enumerate(rows):
+        alone, (own,) = answer(PROMPTS[row : row + 1], MASK[row : row + 1], [0])
+        torch.testing.assert_close(logits[place], alone[0], rtol=1e-4, atol=1e-4)
+        assert accounts[place] == own
 
 
 def test_beams_are_held(qwen):
@@ -199,6 +265,55 @@ def test_a_step_makes_up_for_what_went_before_within_the_table():
     assert values[1] <= 1.0
     starved = Account(account.table, [Past(balance=-1e6 * weights)] * 3)
     assert starved.step(asked[:3]).values == pytest.approx([1.0] * 3)
+
+
+def test_a_place_for_one_token_is_that_for_many():
+    one = table()
+    total = SMOLLM2.token_flops / 2
+    for wanted in (-0.5, 0.0, 0.0005, 0.05, 0.1, 0.25, 0.3999, 0.4, 0.9):
+        place = one.find(0, np.array([wanted * total]))
+        assert one.place(wanted * total) == pytest.approx(place[0], rel=1e-12)
+        assert one.value(place[0]) == pytest.approx(one.setting(place)[0], rel=1e-12)
+        assert one.saving(place[0]) == pytest.approx(np.interp(place, one.points, one.tails[0])[0], rel=1e-12)
+
+
+def test_a_row_that_is_not_held_has_the_tables_setting():
+    free = Account(table(), [None, Past(), None])
+    assert free.step([0.8, 0.8, 1.0]).values == [
+        DIAL.native(0.8)["m"],
+        pytest.approx(DIAL.native(0.8)["m"], rel=0.01),
+        0,
+    ]
+    reading = free.prompt([0.8, 0.8, 1.0], Parts.of(np.ones((3, 5), dtype=bool), [0, 0, 0]))
+    assert reading.setting(0).tolist()[::2] == [DIAL.native(0.8)["m"], 0]
+
+
+def test_what_is_asked_may_change_and_counts_from_then_on():
+    account, weights = Account.new(table(), 1), SMOLLM2.token_flops / 2
+    for asked in (1.0, 0.9, 0.7):
+        account.step([asked]).close([0.05 * weights])
+    past = account.rows[0]
+    assert past.balance == pytest.approx((0.05 - 0.1 + 0.05 - 0.3) * weights)  # dense rows save nothing
+    assert past.tokens == 3
+
+
+def test_a_prompt_in_pieces_of_whole_parts_is_steered_as_at_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(holding, "PART", 4)
+    draws = np.random.default_rng(0).integers(0, 3 * 10**6, (30, 11))
+    whole, pieces = Account.new(table(), 1), Account.new(table(), 1)
+    values = []
+    for account, spans in ((whole, [(0, 11)]), (pieces, [(0, 4), (4, 8), (8, 11)])):
+        found = np.zeros((30, 11))
+        for start, stop in spans:
+            parts = Parts.of(np.ones((1, stop - start), dtype=bool), [start])
+            reading = account.prompt([0.8], parts, is_last=stop == 11)
+            for layer in range(30):
+                found[layer, start:stop] = reading.setting(layer)
+                reading.took(layer, draws[None, layer, start:stop])
+        values.append(found)
+    assert (values[0] == values[1]).all()
+    assert len(np.unique(values[0])) > 8
+    assert whole.rows == pieces.rows
 
 
 def test_a_row_that_saves_less_than_expected_is_asked_for_more():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import subprocess
 import sys
@@ -78,6 +79,9 @@ class Import(NamedTuple):
 
 # -- reading
 
+parse = functools.cache(ast.parse)
+"""Every rule looks at the same texts."""
+
 
 def read_modules() -> dict[str, str]:
     """Module name -> source text, for everything under src/rheostat."""
@@ -90,7 +94,7 @@ def read_modules() -> dict[str, str]:
 
 def find_imports(module: str, modules: dict[str, str]) -> list[Import]:
     """The modules of ours that `module` imports anywhere in its text."""
-    tree = ast.parse(modules[module])
+    tree = parse(modules[module])
     found = []
     for node, function in _import_nodes(tree, ""):
         if isinstance(node, ast.ImportFrom):
@@ -208,7 +212,7 @@ def concrete_mentions(modules: dict[str, str]) -> list[str]:
 def _code_tokens(text: str) -> Iterator[tokenize.TokenInfo]:
     """All tokens but comments and docstrings (strings alone in a statement, also those under a field)."""
     docs: set[int] = set()
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parse(text)):
         match node:
             case ast.Expr(value=ast.Constant(value=str())):
                 docs.update(range(node.lineno, node.end_lineno + 1))

@@ -4,7 +4,6 @@ import gzip
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,6 +67,8 @@ def test_every_kind_of_file_is_read(tmp_path: Path):
 
 def test_strings_and_rows_are_documents(tmp_path: Path):
     assert read_texts(["one", "", "t w o", "x" * 5000]) == ["one", "t w o", "x" * 5000]
+    import datasets
+
     rows = datasets.Dataset.from_list([{"text": "one", "n": 1}, {"text": "two", "n": 2}])
     assert read_texts(rows) == ["one", "two"]
     assert read_texts(rows["text"]) == ["one", "two"]
@@ -101,6 +102,8 @@ def test_what_is_no_text_is_refused(tmp_path: Path):
     refuse([1], "item 0")
     refuse(["one", {"txt": "two"}], "item 1", "`text`")
     refuse([{"text": 3}], "item 0", "`text`")
+    import datasets
+
     refuse(datasets.DatasetDict(train=datasets.Dataset.from_list([{"text": "one"}])), "split")
     refuse([], "empty")
     refuse([" \n"], "empty")

@@ -7,8 +7,8 @@ import hashlib
 import json
 import logging
 import shutil
+import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from rheostat.methods import Method
 from rheostat.methods.base import Progress, no_progress
 from rheostat.models import model_digest
 from rheostat.provenance import provenance
-from rheostat.text import Document, pack, read_texts
+from rheostat.text import pack, read_texts
 from rheostat.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -93,124 +93,123 @@ def adapt(
     """
     fit, train = fit or FitSettings(), train or TrainSettings()
     torch.manual_seed(seed)
-    method.check(model)
-    method.check_tokenizer(tokenizer)
-    if train.tokens:
-        from rheostat.train.trainer import check_settings
-
-        check_settings(model, method, train)
+    _check(model, tokenizer, method, train)
     texts = read_texts(data)
     windows = pack(tokenizer, texts, length=fit.length, limit=fit.windows, seed=seed, name="data")
     held = pack(tokenizer, read_texts(held_out), length=fit.length, limit=fit.dial_windows, seed=seed, name="held_out")
-    digest = model_digest(model)
-    teacher = copy.deepcopy(model) if train.tokens and method.wants_teacher() else None
     facts: dict[str, Any] = {
-        "base_digest": digest,
+        "base_digest": model_digest(model),
         "base": base_facts(model),
         "fit": asdict(fit),
         "train": asdict(train),
         # A list may hold the texts themselves, which are no part of a report.
         "held_out": _named(held_out),
     }
-    seen = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-    key = _digest(method.to_dict(), facts["fit"], seed, digest, seen)
+    key = _digest(method.to_dict(), facts["fit"], seed, facts["base_digest"], _digest_of(windows))
+    teacher = copy.deepcopy(model) if train.tokens and method.wants_teacher() else None
     work = Path(work_dir) if work_dir is not None else None
-
-    adapted = Adapted(model, method)
+    run = _Run(Adapted(model, method), seed, work, progress)
     try:
-        facts |= _fit(adapted, windows, work, key, seed, progress)
+        facts |= run.fit(windows, key)
         if train.tokens:
-            adapted.dial = calibrate(adapted, held, progress=progress)
-            trained_on = _digest(key, facts["train"], hashlib.sha256(held.numpy().tobytes()).hexdigest())
-            settle = partial(_settle, adapted, windows[: train.settle_windows], seed, progress)
-            facts["trained"] = _train(
-                adapted, tokenizer, texts, train, teacher, settle, seed, work, trained_on, progress
+            run.measure(held)
+            wanted = -(-train.tokens // train.length)
+            more = pack(tokenizer, texts, length=train.length, limit=wanted, seed=seed + 1, name="data")
+            facts |= run.train(
+                more, windows[: train.settle_windows], train, teacher, _digest(key, facts["train"], _digest_of(held))
             )
             del teacher
-            if train.settles:
-                facts["settled"] = settle()
-        started = time.perf_counter()
-        adapted.dial = calibrate(adapted, held, progress=progress)
-        facts["dial_seconds"] = round(time.perf_counter() - started, 1)
+        facts["dial_seconds"] = run.measure(held)
     except BaseException:
-        adapted.detach()  # so that the caller can try again with the same model
+        run.adapted.detach()  # so that the caller can try again with the same model
         raise
-    adapted.report = {"provenance": provenance(seed=seed, base_digest=digest)} | facts
-    return adapted
+    run.adapted.report = {"provenance": provenance(seed=seed, base_digest=facts["base_digest"])} | facts
+    return run.adapted
 
 
-def _fit(
-    adapted: Adapted, windows: torch.Tensor, work: Path | None, key: str, seed: int, progress: Progress
-) -> dict[str, Any]:
-    """The closed-form fit, or what an interrupted run kept of it. Returns facts for the report."""
-    started = time.perf_counter()
-    file = None if work is None else work / "fit.safetensors"
-    with processes.main_first():  # the others take what it kept
-        fitted = _fit_or_restore(adapted, windows, work, file, key, seed, progress)
-    return {"fitted": fitted, "fit_seconds": round(time.perf_counter() - started, 1)}
+def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method, train: TrainSettings) -> None:
+    """Refuse what cannot be before any work is done."""
+    method.check(model)
+    method.check_tokenizer(tokenizer)
+    if train.tokens:
+        from rheostat.train.trainer import check_settings
+
+        check_settings(model, method, train)
 
 
-def _fit_or_restore(
-    adapted: Adapted,
-    windows: torch.Tensor,
-    work: Path | None,
-    file: Path | None,
-    key: str,
-    seed: int,
-    progress: Progress,
-) -> dict[str, Any]:
-    if file is not None and _restore(adapted, file, key):
-        return _kept_facts(file)
-    generator = torch.Generator().manual_seed(seed)
-    parts = None if work is None else work / f"fit-{key[:12]}"
-    fitted = adapted.method.fit(adapted.model, windows, generator=generator, progress=progress, work_dir=parts)
-    if file is not None and processes.is_main():
-        _keep(adapted, file, key, fitted)
-    if parts is not None:
+@dataclass(frozen=True)
+class _Run:
+    """The steps of one adaptation, each of which changes `adapted` and returns facts for the report."""
+
+    adapted: Adapted
+    seed: int
+    work: Path | None
+    progress: Progress
+
+    def fit(self, windows: torch.Tensor, key: str) -> dict[str, Any]:
+        """The closed-form fit, or what an interrupted run with the same `key` kept of it."""
+        started = time.perf_counter()
+        with processes.main_first():  # the others take what it kept
+            fitted = self._fit_or_restore(windows, key)
+        return {"fitted": fitted, "fit_seconds": round(time.perf_counter() - started, 1)}
+
+    def _fit_or_restore(self, windows: torch.Tensor, key: str) -> dict[str, Any]:
+        adapted, work = self.adapted, self.work
+        if work is None:
+            return adapted.method.fit(adapted.model, windows, generator=self._generator(), progress=self.progress)
+        file, parts = work / "fit.safetensors", work / f"fit-{key[:12]}"
+        if _restore(adapted, file, key):
+            return _kept_facts(file)
+        fitted = adapted.method.fit(
+            adapted.model, windows, generator=self._generator(), progress=self.progress, work_dir=parts
+        )
+        if processes.is_main():
+            _keep(adapted, file, key, fitted)
         shutil.rmtree(parts, ignore_errors=True)
-    return fitted
+        return fitted
 
+    def train(
+        self,
+        windows: torch.Tensor,
+        settled_on: torch.Tensor,
+        settings: TrainSettings,
+        teacher: PreTrainedModel | None,
+        key: str,
+    ) -> dict[str, Any]:
+        """Training with gradients on windows [N, T], from where an interrupted one with the same `key` stopped; and
+        what the method solves anew for the trained weights, on the windows `settled_on`."""
+        from rheostat.train.trainer import train
 
-def _train(
-    adapted: Adapted,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[Document],
-    settings: TrainSettings,
-    teacher: PreTrainedModel | None,
-    settle: Callable[[], Any],
-    seed: int,
-    work: Path | None,
-    key: str,
-    progress: Progress,
-) -> dict[str, Any]:
-    import tempfile
+        if len(windows) < (wanted := -(-settings.tokens // settings.length)):
+            logger.warning(
+                "data: %d windows for %d wanted by train.tokens; they are seen more than once", len(windows), wanted
+            )
+        settle = partial(self._settle, settled_on)
+        with tempfile.TemporaryDirectory() as scratch:
+            trained = train(
+                self.adapted,
+                windows,
+                settings,
+                output_dir=Path(scratch) if self.work is None else self.work / f"train-{key[:12]}",
+                teacher=teacher,
+                settle=settle,
+                seed=self.seed,
+                progress=self.progress,
+            )
+        return {"trained": trained} | ({"settled": settle()} if settings.settles else {})
 
-    from rheostat.train.trainer import train
+    def _settle(self, windows: torch.Tensor) -> dict[str, Any]:
+        method = self.adapted.method
+        return method.settle(self.adapted.model, windows, generator=self._generator(), progress=self.progress)
 
-    wanted = -(-settings.tokens // settings.length)
-    windows = pack(tokenizer, texts, length=settings.length, limit=wanted, seed=seed + 1, name="data")
-    if len(windows) < wanted:
-        logger.warning(
-            "data: %d windows for %d wanted by train.tokens; they are seen more than once", len(windows), wanted
-        )
-    with tempfile.TemporaryDirectory() as scratch:
-        output = Path(scratch) if work is None else work / f"train-{key[:12]}"
-        return train(
-            adapted,
-            windows,
-            settings,
-            output_dir=output,
-            teacher=teacher,
-            settle=settle,
-            seed=seed,
-            progress=progress,
-        )
+    def measure(self, held: torch.Tensor) -> float:
+        """The dial, on windows of held-out text. Returns the seconds it took."""
+        started = time.perf_counter()
+        self.adapted.dial = calibrate(self.adapted, held, progress=self.progress)
+        return round(time.perf_counter() - started, 1)
 
-
-def _settle(adapted: Adapted, windows: torch.Tensor, seed: int, progress: Progress) -> dict[str, Any]:
-    """What the method solves anew for weights that have been trained."""
-    generator = torch.Generator().manual_seed(seed)
-    return adapted.method.settle(adapted.model, windows, generator=generator, progress=progress)
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
 
 
 def _named(data: Any) -> str:
@@ -225,6 +224,10 @@ def _named(data: Any) -> str:
 
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of(windows: torch.Tensor) -> str:
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
 
 
 def _keep(adapted: Adapted, file: Path, key: str, fitted: dict[str, Any]) -> None:

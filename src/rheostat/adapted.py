@@ -296,6 +296,10 @@ class Adapted(nn.Module):
             self._table = Table(self.dial, self.geometry, next(iter(self.dial.settings)))
         return self._table
 
+    def choose_rows(self, cache: Any, rows: torch.Tensor) -> None:
+        """Keep, repeat or drop rows [R] of a cache; those that are held go on from what each of them has spent."""
+        self._hooks.choose_rows(cache, rows)
+
     def share_account(self, cache: Any, copy: Any) -> None:
         """The requests in `copy` of a cache go on from the same spending, each for itself."""
         self._hooks.share_account(cache, copy)

@@ -16,15 +16,18 @@ import copy
 import json
 import logging
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import rheostat
 from rheostat import families
 from rheostat.adapted import Adapted
+from rheostat.checkpoints import reading
 from rheostat.dial import Dial
 from rheostat.digests import known_digest
 from rheostat.errors import SettingError, bad_setting
@@ -40,6 +43,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 MANIFEST = "rheostat.json"
 TENSORS = "method.safetensors"
+CONFIG = "config.json"
 
 
 def save(adapted: Adapted, tokenizer: PreTrainedTokenizerBase, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -109,8 +113,10 @@ def load_artifact(
     folder = Path(path)
     manifest = read_manifest(folder)
     check_files(folder, manifest["files"])
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    options: dict[str, Any] = {"trust_remote_code": False}  # None would ask on the terminal
+    with reading(str(path), "an artifact with all its files"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     adapted = Adapted(
         model, kept_method(manifest["method"]), Dial.from_dict(manifest["dial"]), report=manifest["report"]
     )
@@ -140,30 +146,56 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+def check_files(
+    folder: Path, files: Mapping[str, Mapping[str, Any]], digest_of: Callable[[Path], str] = known_digest
+) -> None:
     """Whether the files that a manifest names are those that were saved.
+
+    Args:
+        digest_of: SHA-256 of a file; `read_digest` sees what a failing disk changed behind the file system's back.
 
     Raises:
         SettingError: one is missing, or is another.
     """
     for name, wanted in files.items():
-        file = folder / name
-        if not file.is_file():
-            raise SettingError(f"artifact={str(folder)!r}: the file {name} is missing")
-        if not os.access(file, os.R_OK):
-            raise SettingError(f"artifact={str(folder)!r}: the file {name} cannot be read by this user")
-        found = _facts(file)
-        if found["bytes"] != wanted["bytes"]:
-            raise SettingError(
-                f"artifact={str(folder)!r}: {name} has {found['bytes']} bytes, must have {wanted['bytes']}: it "
-                f"is damaged"
-            )
-        if found["sha256"] != wanted["sha256"]:
+        _check_size(folder, name, wanted)
+        found = digest_of(folder / name)
+        if found != wanted["sha256"]:
             what = "its base digest differs" if name.startswith("model") else "its digest differs"
             raise SettingError(
                 f"artifact={str(folder)!r}: {name} is not the file that was saved ({what}: "
-                f"{found['sha256'][:12]}, must be {wanted['sha256'][:12]})"
+                f"{found[:12]}, must be {wanted['sha256'][:12]})"
             )
+
+
+def glance_at_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """What can be seen of files without reading them whole: that they are there, as long as those that were saved, and
+    that their beginnings name tensors that fill them. Changed numbers are seen by `check_files` alone.
+
+    Raises:
+        SettingError: one is missing or damaged.
+    """
+    if not (folder / CONFIG).is_file():
+        raise SettingError(f"artifact={str(folder)!r}: the file {CONFIG} is missing")
+    for name, wanted in files.items():
+        _check_size(folder, name, wanted)
+        try:
+            with safe_open(folder / name, "pt") as opened:
+                opened.keys()
+        except (OSError, SafetensorError) as error:
+            raise SettingError(f"artifact={str(folder)!r}: {name} is damaged ({error})") from None
+
+
+def _check_size(folder: Path, name: str, wanted: Mapping[str, Any]) -> None:
+    file = folder / name
+    if not file.is_file():
+        raise SettingError(f"artifact={str(folder)!r}: the file {name} is missing")
+    if not os.access(file, os.R_OK):
+        raise SettingError(f"artifact={str(folder)!r}: the file {name} cannot be read by this user")
+    if (found := file.stat().st_size) != wanted["bytes"]:
+        raise SettingError(
+            f"artifact={str(folder)!r}: {name} has {found} bytes, must have {wanted['bytes']}: it is damaged"
+        )
 
 
 def _facts(file: Path) -> dict[str, Any]:

@@ -192,9 +192,15 @@ def decode_cost(geometry: Geometry, *, num_steps: int, past: int, itemsize: int,
 
     To write N tokens after a prompt takes N - 1 of them: the prompt's own pass gives the first token.
     """
-    scores = Cost()
-    for step in range(num_steps):
-        scores += attention_cost(geometry, 1, past + step, itemsize)
+    kinds = _kinds(geometry.windows, geometry.num_layers)
+    read = sum(number * attended(num_steps, past, window) for window, number in kinds)  # a key for each pair
+    scores = Cost(
+        flops=Parts(
+            attention=2 * geometry.num_layers * geometry.attention_weights * num_steps,
+            scores=4 * geometry.num_heads * geometry.head_dim * read,
+        ),
+        bytes=Parts(scores=(read + geometry.num_layers * num_steps) * geometry.kv_values * itemsize),
+    )
     return scores.times(num_rows) + _flat_step_cost(geometry, itemsize, num_rows).times(num_steps)
 
 
@@ -216,6 +222,6 @@ def rows_decode_cost(geometry: Geometry, *, news: list[int], pasts: list[int], n
     cost = Cost()
     for new, past in zip(news, pasts, strict=True):
         cost += decode_cost(geometry, num_steps=new, past=past, itemsize=itemsize)
-    weights = decode_cost(geometry, num_steps=1, past=0, itemsize=itemsize).bytes
+    weights = _flat_step_cost(geometry, itemsize, 1).bytes
     shared = Parts(attention=weights.attention, ffn=weights.ffn, head=weights.head)
     return cost + Cost(bytes=shared.times(num_steps - sum(news)))

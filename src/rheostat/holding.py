@@ -4,9 +4,10 @@ A dial's table is a mean over text: a hard request spends more at the same setti
 an account of the weights it was asked to save and of those it did save, and a setting is looked up in the same table,
 for the savings that are still wanted, divided by how well such settings have worked on this row so far.
 
-- A *prompt*, of which only the last token's logits are wanted, is held as a whole: every few layers (`Table.groups`)
-  its price is set anew by what its tokens saved in the layers before. So how much a token gets depends on later
-  tokens of the same prompt; nothing that it computes does, and nothing is predicted from any of them but the last.
+- A *prompt*, of which only the last token's logits are wanted, is held in parts of `PART` tokens: every few layers
+  (`Table.groups`) a part's price is set anew by what the prompt's tokens up to the part's end saved in the layers
+  before. So how much a token gets depends on later tokens of its part; nothing that it computes does, and nothing is
+  predicted from any of them but the last. Read at once or in pieces of whole parts, it is steered alike.
 - A *text whose every token is scored* is held causally: the price of a token depends on what tokens up to itself saved
   in the layers before, as if the text ended there.
 - A *step of decoding* has one price in all layers, set by all that the row did before.
@@ -33,6 +34,8 @@ HORIZON = 16
 """Tokens over which a step of decoding makes up for what went before, at least."""
 HORIZON_SHARE = 1 / 8
 """And as a share of the tokens so far: a long request is steered more gently."""
+PART = 256
+"""Tokens of a prompt that have one price."""
 PHANTOM = 16
 """Tokens of a scored text that are taken to have spent as expected, before its own count."""
 KNOWN = 16
@@ -131,6 +134,22 @@ def _savings(dial: Dial, geometry: Geometry, key: str) -> Numbers:
     return ffn - (ffn.sum(1) - total)[:, None] / geometry.num_layers  # less what choosing costs
 
 
+@dataclass(frozen=True)
+class Begun:
+    """The parts of a prompt that were read, of which more will come. [G + 1] before each group of layers, and after
+    all: what they saved, and what was expected."""
+
+    saved: Numbers
+    expected: Numbers
+    tokens: float
+    logits: float
+
+    @classmethod
+    def new(cls, num_groups: int) -> Begun:
+        """Nothing was read."""
+        return cls(np.zeros(num_groups + 1), np.zeros(num_groups + 1), 0.0, 0.0)
+
+
 @dataclass(slots=True)
 class Past:
     """What one row was asked to save and what it saved, from one pass of its request to the next."""
@@ -143,6 +162,8 @@ class Past:
     """Fading: what was expected of the settings they had."""
     tokens: float = 0.0
     """Tokens so far."""
+    prompt: Begun | None = None
+    """What was read of a prompt that is not whole."""
 
     def book(self, owed: float, saved: float, expected: float, num_tokens: float) -> None:
         """A pass is over."""
@@ -166,9 +187,14 @@ class Account:
         """Of rows that have done nothing yet, all held."""
         return cls(table, [Past() for _ in range(num_rows)])
 
+    def choose(self, rows: Sequence[int]) -> Account:
+        """Of other rows, each of which goes on, on its own, from what the one of these that it names has done."""
+        pasts = [self.rows[row] for row in rows]
+        return Account(self.table, [None if past is None else replace(past) for past in pasts])
+
     def copy(self) -> Account:
         """The same so far, and on its own from now on."""
-        return Account(self.table, [None if past is None else replace(past) for past in self.rows])
+        return self.choose(range(len(self.rows)))
 
     def skip(self, counts: Sequence[float]) -> None:
         """A pass at full compute over `counts` [B] tokens of the rows: nothing to steer."""
@@ -180,10 +206,16 @@ class Account:
         """The next token of each row, at the `compute` [B] asked for; 1 is dense."""
         return Step(self, asked)
 
-    def read(self, asked: Sequence[float], counts: Numbers, num_logits: Numbers) -> Reading:
-        """New tokens that are read together: [B, C] of them in each of C parts of each row, of which `num_logits`
-        [B, C] give logits. One part is held as a whole; more are held each by those up to it."""
-        return Reading(self, asked, counts, num_logits)
+    def prompt(self, asked: Sequence[float], parts: Parts, *, is_last: bool = True) -> Reading:
+        """Prompts, or pieces of them: the last one gives logits."""
+        num_logits = np.zeros(parts.counts.shape)
+        num_logits[:, -1] = is_last
+        return Reading(self, asked, parts, num_logits, 0.0, is_last=is_last)
+
+    def text(self, asked: Sequence[float], counts: Numbers) -> Reading:
+        """Texts of which every token is scored, [B, T] of them 1 and padding 0: each is a part."""
+        places = np.arange(counts.shape[1])[None].repeat(len(counts), 0)
+        return Reading(self, asked, Parts(counts, places), counts, PHANTOM if counts.shape[1] > 1 else 0.0)
 
 
 NewAccount = Callable[[int], Account | None]
@@ -235,62 +267,129 @@ def _wanted(past: Past, owed: float) -> float:
     return (owed - past.balance / max(HORIZON, past.tokens * HORIZON_SHARE)) / ratio
 
 
+@dataclass(frozen=True)
+class Parts:
+    """How the tokens of a pass are divided."""
+
+    counts: Numbers
+    """[B, C], tokens in each part of each row."""
+    places: np.ndarray
+    """[B, T], the part that each token is in; padding may be in any."""
+
+    @classmethod
+    def of(cls, valid: np.ndarray, pasts: Sequence[int]) -> Parts:
+        """Of prompts whose tokens stand at `valid` [B, T], each after so many."""
+        firsts = np.array(pasts)[:, None]
+        places = ((firsts + valid.cumsum(1) - 1).clip(min=0) // PART) - firsts // PART
+        places = places.clip(min=0)
+        return cls(_summed(valid.astype(np.float64), places, int(places.max(initial=0)) + 1), places)
+
+    def sums(self, numbers: np.ndarray) -> Numbers:
+        """[B, C], of numbers [B, T]."""
+        if self.counts.shape[1] == 1:
+            return numbers.sum(1, keepdims=True).astype(np.float64)
+        return _summed(numbers, self.places, self.counts.shape[1])
+
+
+def _summed(numbers: np.ndarray, places: np.ndarray, num_parts: int) -> Numbers:
+    rows = np.arange(len(places))[:, None] * num_parts
+    flat = np.bincount((rows + places).ravel(), numbers.ravel(), len(places) * num_parts)
+    return flat.reshape(len(places), num_parts)
+
+
 class Reading:
     """A pass over several tokens of each row."""
 
-    def __init__(self, account: Account, given: Sequence[float], counts: Numbers, num_logits: Numbers) -> None:
-        self.account, self.counts = account, counts
+    def __init__(
+        self,
+        account: Account,
+        given: Sequence[float],
+        parts: Parts,
+        num_logits: Numbers,
+        num_phantoms: float,
+        *,
+        is_last: bool = True,
+    ) -> None:
+        self.account, self.parts, self._is_last, self._extra = account, parts, is_last, num_phantoms
         table, asked, pasts = account.table, np.array(given), [past or Past() for past in account.rows]
         is_held = np.array([past is not None for past in account.rows]) & (asked < 1)
         self._held, self._balance = is_held[:, None], np.array([[past.balance] for past in pasts])
-        free = [past is None and compute < 1 for past, compute in zip(account.rows, given, strict=True)]
-        self._free = np.array(
-            [[table.native(one) if is_free else 0.0] for one, is_free in zip(given, free, strict=True)]
-        )
-        is_causal = counts.shape[1] > 1
-        self.totals = counts.cumsum(1)
-        self.owed = (1 - asked)[:, None] * table.weights(self.totals, num_logits.cumsum(1))
-        self._extra = float(PHANTOM) if is_causal else 0.0
+        self._free = np.array([[_free(table, *pair)] for pair in zip(account.rows, given, strict=True)])
+        begun = [past.prompt or Begun.new(len(table.groups)) for past in pasts]
+        self._before = np.array([[one.saved, one.expected] for one in begun])  # [B, 2, G + 1]
+        self._after = self._before.copy()
+        self.totals = _running(np.array([one.tokens for one in begun]), parts.counts)
+        self.logits = _running(np.array([one.logits for one in begun]), num_logits)
+        self.owed = (1 - asked)[:, None] * table.weights(self.totals, self.logits)
         typical = (1 - asked)[:, None] * table.weights(np.ones(1), np.ones(1))  # [B, 1], a token's
         self._phantom = table.find(0, typical)  # the places where phantoms are
-        self._saved = np.zeros(counts.shape)
-        """[B, C], by each part in the layers so far."""
-        self._expected = np.zeros(counts.shape)
+        self._sums = np.zeros((2, *parts.counts.shape))
+        """[2, B, C], saved and expected by each part in the layers so far."""
         prior = PRIOR_SHARE * (self.totals + self._extra) * typical + 1
         known = np.array([[[past.saved], [past.expected]] for past in pasts])
         self._known = (prior + known[:, 0], prior + known[:, 1])
-        self._values = np.zeros(counts.shape)
+        self._values = np.zeros(parts.counts.shape)
 
     def setting(self, layer: int) -> Numbers:
-        """The native settings [B, C] of a layer."""
+        """The native settings of a layer: [B], or [B, T] where tokens of a row have several."""
+        values = self.by_part(layer)
+        return values[:, 0] if values.shape[1] == 1 else np.take_along_axis(values, self.parts.places, 1)
+
+    def by_part(self, layer: int) -> Numbers:
+        """The same [B, C]."""
         if (group := self.account.table.group_of.get(layer)) is not None:
             self._values = self._steer(group)
         return self._values
 
+    def _so_far(self, group: int) -> tuple[Numbers, Numbers]:
+        """What all parts up to each saved in the layers before a group, and what was expected: [B, C]."""
+        saved, expected = (_running(self._before[:, k, group], self._sums[k]) for k in (0, 1))
+        self._after[:, 0, group], self._after[:, 1, group] = saved[:, -1], expected[:, -1]
+        return saved, expected
+
     def _steer(self, group: int) -> Numbers:
         table = self.account.table
-        saved, expected = self._saved.cumsum(1), self._expected.cumsum(1)
+        saved, expected = self._so_far(group)
         mine, theirs = self._known
         ratio = ((saved + mine) / (expected + theirs)).clip(*RATIOS)
         number = self.totals + self._extra
         wanted = self.owed - self._balance - saved
         wanted = wanted + self._extra * np.interp(self._phantom, table.points, table.tails[group])
         places = table.find(group, wanted / np.maximum(number, 1) / ratio)
-        self._expected = self._expected + self.counts * table.expected(group, places)
+        self._sums[1] += np.where(self._held, self.parts.counts * table.expected(group, places), 0)
         return np.where(self._held, table.setting(places), self._free)
 
     def took(self, layer: int, saved: Numbers) -> None:
-        """The tokens [B, T] of the rows, or their C parts, saved so many weights in a layer."""
-        parts = saved if saved.shape == self.counts.shape else saved.sum(1, keepdims=True)
-        self._saved = self._saved + np.where(self._held, parts, 0)
-        if layer == self.account.table.num_layers - 1:
-            self.close()
+        """The tokens [B, T] of the rows saved so many weights in a layer."""
+        self.took_parts(layer, self.parts.sums(saved))
 
-    def close(self) -> None:
-        """The pass is over; rows at full compute need not have told what they saved."""
-        saved, expected = self._saved.sum(1), np.where(self._held, self._expected, 0).sum(1)
+    def took_parts(self, layer: int, saved: Numbers) -> None:
+        """The parts [B, C] did."""
+        self._sums[0] += np.where(self._held, saved, 0)
+        if layer == self.account.table.num_layers - 1:
+            self._close()
+
+    def _close(self) -> None:
+        """The pass is over."""
+        saved, expected = self._so_far(len(self.account.table.groups))
         for row, past in enumerate(self.account.rows):
-            if past is not None:
-                past.book(
-                    float(self.owed[row, -1]), float(saved[row]), float(expected[row]), float(self.totals[row, -1])
-                )
+            if past is None:
+                continue
+            if self._is_last:
+                ends = (float(one[row, -1]) for one in (self.owed, saved, expected, self.totals))
+                past.prompt = None
+                past.book(*ends)
+            else:
+                tokens, logits = float(self.totals[row, -1]), float(self.logits[row, -1])
+                past.prompt = Begun(*self._after[row], tokens, logits)
+
+
+def _free(table: Table, past: Past | None, compute: float) -> float:
+    """The setting of a row that is not held, or is not to save anything."""
+    return table.native(compute) if past is None and compute < 1 else 0.0
+
+
+def _running(start: Numbers, numbers: Numbers) -> Numbers:
+    """[B, C], sums of numbers [B, C] up to each and itself, from `start` [B] on: in this order, however many
+    passes the parts came in."""
+    return np.concatenate([start[:, None], numbers], 1).cumsum(1)[:, 1:]

@@ -225,10 +225,15 @@ class Meter:
             self._dense[part][0] += getattr(dense.flops, part)
             self._dense[part][1] += getattr(dense.bytes, part)
 
+    def side_tokens(self, number: int) -> None:
+        """Passes that are charged to a side part take so many tokens."""
+        assert self._charged is not None
+        self.num_side_tokens[self._charged] += number
+
     def open_pass(self, phase: str, valid: torch.Tensor, num_layers: int, ffn_size: int) -> None:
         """A forward pass begins on the tokens marked in `valid` [B, T]."""
         if self._charged is not None:
-            self.num_side_tokens[self._charged] += int(valid.sum())
+            self.side_tokens(int(valid.sum()))
             return
         self.num_layers, self.ffn_size = num_layers, ffn_size
         record = PassRecord(phase, valid, torch.zeros(valid.shape, dtype=torch.int64, device=valid.device))

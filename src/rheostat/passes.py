@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -14,7 +15,7 @@ from torch import nn
 from rheostat import families
 from rheostat.cost import attention_cost, attention_weight_bytes, embedding_cost, ffn_cost, head_cost
 from rheostat.geometry import Geometry
-from rheostat.holding import Account, NewAccount, Reading, Step
+from rheostat.holding import Account, NewAccount, Parts, Reading, Step
 from rheostat.methods.base import MeteredFFN
 from rheostat.spending import Pass, current_pass, current_phase, current_spending, enter_pass
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 Settings = Callable[[str, int, torch.device], dict[str, torch.Tensor]]
 """From a phase, a number of rows B and a device: name of a dial -> native settings [B]."""
+
+_kept_logits: ContextVar[Any] = ContextVar("kept_logits", default=0)
+"""How many positions of the pass that begins give logits; 0 for all. Threads may share a model."""
 
 
 class PassHooks:
@@ -43,8 +47,6 @@ class PassHooks:
         masks of caches of a fixed size do not tell."""
         self._accounts: WeakKeyDictionary[Any, Account] = WeakKeyDictionary()
         """Cache -> the account of the requests in it."""
-        self._kept_logits: Any = 0
-        """How many positions of the pass that begins give logits; 0 for all."""
         decoder, head = families.decoder(model), families.head(model)
         self._handles = [
             model.register_forward_pre_hook(self._note_logits, with_kwargs=True),
@@ -67,6 +69,15 @@ class PassHooks:
         """The requests in `copy` of a cache go on from what those in it have spent, each for itself."""
         if (account := self._accounts.get(cache)) is not None:
             self._accounts[copy] = account.copy()
+
+    def choose_rows(self, cache: Any, rows: torch.Tensor) -> None:
+        """Row b of the cache becomes what row `rows[b]` was, and so does what is known of the request in it."""
+        cache.reorder_cache(rows)
+        order = rows.tolist()
+        if (account := self._accounts.get(cache)) is not None:
+            self._accounts[cache] = account.choose(order)
+        if (read := self._read.get(cache)) is not None:
+            self._read[cache] = (read[0], [read[1][row] for row in order])
 
     def remove(self) -> None:
         """Take them off."""
@@ -101,13 +112,14 @@ class PassHooks:
                 spending.meter.widths(valid.long() * full * self._num_plain_ffns)
 
     def _note_logits(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._kept_logits = kwargs.get("logits_to_keep", 0)
+        _kept_logits.set(kwargs.get("logits_to_keep", 0))
 
     def _hold(
         self, phase: str, valid: torch.Tensor, cache: Any, past: int, mask: torch.Tensor | None
     ) -> Step | Reading | None:
         """What steers the pass that begins, where requests are held."""
-        kept, self._kept_logits = self._kept_logits, 0
+        kept = _kept_logits.get()
+        _kept_logits.set(0)
         spending, num_rows = current_spending(), len(valid)
         if spending is None or not spending.hold or (fresh := self.new_account(num_rows)) is None:
             return None
@@ -124,8 +136,8 @@ class PassHooks:
         if valid.shape[1] == 1 and phase == "decode":
             return account.step(asked)
         if isinstance(kept, int) and kept == 1:  # a prompt
-            return account.read(asked, counts.sum(1, keepdims=True), np.ones((num_rows, 1)))
-        return account.read(asked, counts, counts)
+            return account.prompt(asked, Parts.of(counts > 0, _befores(num_rows, past, mask)))
+        return account.text(asked, counts)
 
     def _bill_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         one, spending = current_pass(), current_spending()
@@ -177,9 +189,13 @@ def _new_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tenso
 
 def _begun(account: Account, valid: torch.Tensor, past: int, mask: torch.Tensor | None) -> Account:
     """An account of rows with a past that nobody held."""
-    before = [past] * len(valid) if mask is None else mask[:, :past].sum(1).tolist()
-    account.skip(before)
+    account.skip(_befores(len(valid), past, mask))
     return account
+
+
+def _befores(num_rows: int, past: int, mask: torch.Tensor | None) -> list[int]:
+    """Tokens of each row in a cache of `past`, padding left out."""
+    return [past] * num_rows if mask is None else mask[:, :past].sum(1).tolist()
 
 
 def _plain_mask(mask: Any, num_rows: int, num_tokens: int, past: int) -> torch.Tensor | None:

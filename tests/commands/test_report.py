@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from rheostat.report.writing import write
-from tests.report.sample import old_sample, sample
+from tests.report.sample import old_sample, put, sample
 
 
 @pytest.fixture
 def reports(tmp_path: Path) -> Path:
     """Two folders with reports on the same text, and an old one."""
-    write(tmp_path / "one" / "report", sample("words", model="one"))
-    write(tmp_path / "two", sample("words", model="two", scale=1.1))
+    put(tmp_path / "one" / "report", sample("words", model="one"))
+    put(tmp_path / "two", sample("words", model="two", scale=1.1))
     (tmp_path / "old.json").write_text(json.dumps(old_sample()))
     return tmp_path
 
@@ -32,6 +31,12 @@ def test_a_comparison(rheostat, reports: Path):
     assert figures["provenance"]["seed"] == 0
     assert "1.155 ± 0.010" in done.out
     assert "note: Text words: one, two and old.json saw different tokens" in done.out
+
+
+def test_a_comparison_may_be_written_again(rheostat, reports: Path):
+    for _ in range(2):
+        done = rheostat("report", reports / "one", reports / "two", "--out", reports / "out")
+        assert done.status == 0, done.err
 
 
 def test_one_report_alone_and_nothing_written(rheostat, reports: Path):

@@ -187,8 +187,6 @@ def test_drawn_answers_depend_on_the_seed_alone(reading_model, tiny_tokenizer, a
     ("settings", "message"),
     [
         ({"max_gen_toks": 256}, "max_gen_toks=256: must be between 1 and 255"),
-        ({"max_gen_toks": 0}, "max_gen_toks=0: must be between 1 and 255"),
-        ({"num_beams": 4}, "generation_kwargs.num_beams=4: must be left out"),
         ({"do_sample": True, "temperature": -1.0}, "temperature=-1.0"),
     ],
 )

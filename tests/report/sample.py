@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
-from rheostat.report.schema import FORMAT
+from rheostat.report import to_json
+from rheostat.report.schema import FILE, FORMAT
 
 NASTY = "<script>alert('x')</script> | $a_b$ & \"q\""
 """A name that must not get through to a page as it is."""
@@ -130,3 +132,9 @@ def old_sample() -> dict[str, Any]:
             for key in ("accuracy_error", "agreement_error", "flops_per_token", "bytes_per_token"):
                 del row[key]
     return report
+
+
+def put(folder: Path, report: dict[str, Any]) -> None:
+    """`report.json` alone, which is all that is read of a report: the pictures that `write` makes cost seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE).write_text(to_json(report))

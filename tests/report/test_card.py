@@ -10,8 +10,7 @@ import pytest
 from huggingface_hub import ModelCard, metadata_load
 
 from rheostat.report import card
-from rheostat.report.writing import write
-from tests.report.sample import NASTY, sample
+from tests.report.sample import NASTY, put, sample
 
 BASE = {"name": "Tiny", "hub_id": "someone/Tiny", "license": "apache-2.0", "language": "en"}
 FACTS = {"method": "some", "asked": 0.7, "compute": 0.69, "ffn_size": 48, "dense_ffn_size": 64, "provenance": None}
@@ -138,7 +137,7 @@ def artifact(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "rheostat.json").write_text(json.dumps(manifest()))
     (folder / "README.md").write_text(card.artifact_card(manifest(), name="dial"))
-    write(folder / "report", sample("words"))
+    put(folder / "report", sample("words"))
     return folder
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 from rheostat.report.pictures import pictures
 from rheostat.report.schema import check
 from rheostat.report.style import drawing, png
@@ -28,9 +30,10 @@ def test_no_picture_without_figures():
     assert [about for about, _ in shown["bytes"].panels] == ["words"]
 
 
-def test_all_can_be_drawn_twice_to_the_same_bytes():
+def test_every_picture_is_drawn(written: list[Path]):
+    files = [one for one in written if one.suffix == ".png"]
+    assert [one.stem for one in files] == ALL
+    assert all(one.read_bytes().startswith(b"\x89PNG") for one in files)
     with drawing():
-        for first, second in zip(pictures(sample()), pictures(sample()), strict=True):
-            assert png(first.whole()) == png(second.whole())
-            for _, draw in first.panels[:1]:
-                assert png(draw()).startswith(b"\x89PNG")
+        names = {one.name for one in pictures(sample("words")) if png(one.panels[0][1]()).startswith(b"\x89PNG")}
+    assert names == set(ALL)

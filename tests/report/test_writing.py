@@ -8,23 +8,28 @@ import pytest
 
 from rheostat.errors import SettingError
 from rheostat.report.schema import read
-from rheostat.report.writing import base_key, carried, model_key, write
-from tests.report.sample import old_sample, sample
+from rheostat.report.writing import PICTURES, base_key, carried, model_key, write
+from tests.report.sample import old_sample, put, sample
 
 
-def test_files_and_their_bytes(tmp_path: Path):
-    files = write(tmp_path / "one", sample())
-    assert files[0] == tmp_path / "one" / "report.json"
-    assert sorted(path.name for path in files) == sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert len(files) == 11
-    assert read(files[0]) == sample()
-    again = write(tmp_path / "two", sample())
-    assert [path.read_bytes() for path in files] == [path.read_bytes() for path in again]
+def test_files(written: list[Path]):
+    assert written[0].name == "report.json"
+    assert sorted(written) == sorted(written[0].parent.iterdir())
+    assert len(written) == 11
+    assert read(written[0]) == sample()
+
+
+def test_the_same_report_is_the_same_bytes(written: list[Path], tmp_path: Path):
+    """Page and pictures too."""
+    again = write(tmp_path, sample())
+    assert [path.name for path in again] == [path.name for path in written]
+    for one, other in zip(written, again, strict=True):
+        assert one.read_bytes() == other.read_bytes(), one.name
 
 
 def test_pictures_of_an_older_report_go(tmp_path: Path):
-    write(tmp_path, sample())
-    (tmp_path / "mine.png").write_bytes(b"")
+    for name in (*PICTURES, "mine"):
+        (tmp_path / f"{name}.png").write_bytes(b"")
     write(tmp_path, old_sample())
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["mine.png", "pareto.png"]
     assert json.loads((tmp_path / "report.json").read_text()).get("format") is None
@@ -44,7 +49,7 @@ def test_an_unwritable_place(tmp_path: Path):
 
 def test_other_measurements_of_the_same_model_are_carried_over(tmp_path: Path):
     assert carried(tmp_path, sample()) == {}
-    write(tmp_path, sample())
+    put(tmp_path, sample())
     new = copy.deepcopy(sample())
     for key in ("bench", "bench_provenance", "tasks"):
         del new[key]

@@ -43,7 +43,7 @@ def test_what_was_checked_and_taken_back_leaves_no_trace():
     logits, _ = batch.check(tokens, None, counts)
     first = other.step(IDS[:, 12].contiguous(), None)
     torch.testing.assert_close(logits[[0, 3]], first, **CLOSE)
-    batch.take_back(torch.tensor([2, 0]))
+    batch.take_back([2, 0])
     assert batch.positions.tolist() == other.positions.tolist() == [13, 13]
     token = IDS[:, 20].contiguous()
     torch.testing.assert_close(batch.step(token, None), other.step(token, None), **CLOSE)

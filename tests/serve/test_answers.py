@@ -52,9 +52,13 @@ def test_probabilities_in_both_shapes():
 
 def test_the_bill_of_several_prompts_weighs_each_by_its_size():
     small = replace(BILL, compute=1.0, flops=10, dense_flops=10, tokens_by_width={"1": 4}, first_token_seconds=0.1)
-    large = replace(BILL, compute=0.6, flops=18, dense_flops=30, tokens_by_width={"1": 1, "0.5": 2}, is_lowered=True)
+    large = replace(
+        BILL, is_held=False, compute=0.6, flops=18, dense_flops=30, tokens_by_width={"1": 1, "0.5": 2}, is_lowered=True
+    )
     found = total([small, large])
     assert found.compute == pytest.approx(0.7)
+    assert found.target == pytest.approx(0.75)
+    assert found.is_held
     assert (found.flops, found.dense_flops, found.compute_with_context) == (28, 40, 0.7)
     assert found.tokens_by_width == {"1": 5, "0.5": 2}
     assert (found.num_new_tokens, found.is_lowered, found.first_token_seconds) == (4, True, 0.1)

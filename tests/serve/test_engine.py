@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from rheostat import holding
 from rheostat.decode import stream
+from rheostat.meter import Meter
 from rheostat.sampling import Sampling
 from rheostat.serve import adaptive as adapting
 from rheostat.serve import native
 from rheostat.serve.adaptive import Adaptive
-from rheostat.serve.backend import Backend, make_backend
+from rheostat.serve.backend import Backend, Join, Row, make_backend
 from rheostat.serve.engine import Engine
 from rheostat.serve.jobs import Done, Failed, Job, RowDone, Token
 from rheostat.serve.native import NativeBackend
@@ -210,6 +212,14 @@ def test_a_request_that_breaks_touches_no_other(tiny: Tiny, backend: Backend, wh
 PIECES = Limits(rows=5, prefill_tokens=8)
 
 
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> Limits:
+    """Prompts are read in pieces of a few tokens, and held in parts of as many."""
+    monkeypatch.setattr(holding, "PART", PIECES.prefill_tokens)
+    return PIECES
+
+
+@pytest.mark.usefixtures("pieces")
 def test_long_prompts_are_read_in_pieces_with_the_same_answer_and_bill(tiny: Tiny, backend: Backend):
     jobs = [job(tiny, "water " * count + str(count), compute, 12) for count, compute in ((9, 0.8), (1, 1.0), (7, 0.75))]
     jobs += [job(tiny, "stone " * 8, 1.0, 8, n=2, sampling=Sampling(temperature=1.0), seed=3)]
@@ -224,6 +234,7 @@ def test_long_prompts_are_read_in_pieces_with_the_same_answer_and_bill(tiny: Tin
             assert (found.flops, found.tokens_by_width) == (bill.flops, bill.tokens_by_width)
 
 
+@pytest.mark.usefixtures("pieces")
 def test_others_write_between_the_pieces_of_a_long_prompt(tiny: Tiny):
     backend = make_backend(tiny.adapted)
     order: list[str] = []
@@ -231,10 +242,10 @@ def test_others_write_between_the_pieces_of_a_long_prompt(tiny: Tiny):
     with working(tiny, watched, limits=PIECES) as engine:
         first = submit(engine, job(tiny, "stone", 0.8, 60))
         first.begin()
-        long = submit(engine, job(tiny, "water " * 10, 1.0, 4))
+        long = submit(engine, job(tiny, "water " * 10, 0.8, 4))
         short = submit(engine, job(tiny, "short", 1.0, 4))
         assert short.text() == tiny.offline("short", 1.0, 4)
-        assert long.text() == tiny.offline("water " * 10, 1.0, 4)
+        assert long.text() == tiny.offline("water " * 10, 0.8, 4)
         assert first.text() == tiny.offline("stone", 0.8, 60)
     pieces = [k for k, one in enumerate(order) if one == "piece"]
     assert len(pieces) == 8  # 60 tokens, by 8
@@ -263,6 +274,7 @@ class Watched(Breaking):
         super().step(rows, token_ids, computes)
 
 
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("how", ["cancelled", "broken"])
 def test_a_prompt_that_ends_between_its_pieces(tiny: Tiny, how: str):
     backend = make_backend(tiny.adapted)
@@ -353,6 +365,50 @@ def test_memory_goes_back_when_all_have_left(tiny: Tiny):
             inbox.wait()
         until(lambda: engine.scheduler.is_idle)
         until(lambda: backend.cache_bytes == before)
+
+
+def test_answers_end_at_what_was_asked_where_they_are_held_alone(tiny: Tiny, backend: Backend):
+    texts = ("water stone", "rivers", "a longer one than the others are")
+    with working(tiny, backend) as engine:
+        bills = {
+            (text, held): submit(engine, job(tiny, text, 0.8, 40, is_held=held)).wait().bill
+            for text in texts
+            for held in (True, False)
+        }
+    for text in texts:
+        held, free = bills[text, True], bills[text, False]
+        assert held.target == free.target == pytest.approx(0.8)
+        assert held.compute == pytest.approx(0.8, abs=0.02)
+        assert (held.is_held, free.is_held) == (True, False)
+        assert held.flops != free.flops
+
+
+def test_phases_apart_are_held_as_without_a_server(tiny: Tiny, backend: Backend):
+    prompt, phases = "water stone " * 14, {"prefill": 1.0, "decode": 0.75}  # long enough for its length to steer
+    one = job(tiny, prompt, new=24, prefill_compute=1.0, compute=0.75)
+    with working(tiny, backend) as engine:
+        inbox = submit(engine, one)
+        assert inbox.text() == tiny.offline(prompt, phases, 24)
+        bill = inbox.wait().bill
+    weights = tiny.adapted.geometry.weights_of
+    parts = (weights(len(one.prompt), 1), 23 * weights(1, 1))
+    assert bill.target == pytest.approx((parts[0] + 0.75 * parts[1]) / sum(parts))
+
+
+@torch.inference_mode()
+def test_a_dial_that_is_lowered_in_mid_answer_is_held_from_then_on(tiny: Tiny, backend: Backend):
+    row, low = Row(tiny.tokenizer("water stone")["input_ids"], Meter(keep_passes=False)), tiny.adapted.dial.low
+    asked = [0.9] * 30 + [low + 0.08] * 60
+    backend.join([Join([row], 0.9, True)])
+    meter, spent = row.meter, []
+    for compute in asked:
+        backend.step([row], [int(row.logits.argmax())], [compute])
+        if isinstance(backend, NativeBackend):
+            backend._settle(row)
+        spent.append((meter.cost.flops.flat, meter.dense.flops.flat))
+    first, last = spent[29], [a - b for a, b in zip(spent[-1], spent[29], strict=True)]
+    assert first[0] / first[1] == pytest.approx(0.9, abs=0.02)
+    assert last[0] / last[1] == pytest.approx(low + 0.08, abs=0.02)
 
 
 def test_a_busy_engine_lowers_the_dial_of_those_who_allow_it(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):

@@ -26,6 +26,8 @@ def test_an_answer_is_counted_with_its_bill():
     assert value(metrics, "time_to_first_token_seconds_count") == 2
     assert value(metrics, "compute_fraction_bucket", le="0.75") == 0
     assert value(metrics, "compute_fraction_bucket", le="0.8") == 2
+    assert value(metrics, "compute_beyond_target_bucket", le="0.02") == 0
+    assert value(metrics, "compute_beyond_target_bucket", le="0.1") == 2  # 0.8 for 0.75
 
 
 def test_what_was_never_begun_is_in_no_histogram_and_reads_no_prompt():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -34,6 +36,47 @@ def test_a_step_of_all_rows_is_each_rows_own_whatever_their_order(tiny: Tiny, ba
         other.step([alone], [token], [compute])
         torch.testing.assert_close(one.logits, alone.logits)
         assert one.layers == alone.layers
+
+
+def test_held_rows_among_others_are_steered_as_alone(tiny: Tiny, backend: NativeBackend):
+    asks = [((5, 6), 0.8, True), ((7, 8, 9), 0.75, False), ((10,), 0.75, True), ((11, 12), 1.0, True)]
+    computes = [compute for _, compute, _ in asks]
+    rows = [row(*prompt) for prompt, _, _ in asks]
+    backend.join([Join([one], compute, held) for one, (_, compute, held) in zip(rows, asks, strict=True)])
+    tokens = [[30 + 7 * k + place for place in range(4)] for k in range(12)]
+    for step in tokens:
+        backend.step(rows, step, computes)
+    backend.leave(rows[0])  # the last takes its place
+    backend.step(rows[:0:-1], tokens[0][:0:-1], computes[:0:-1])
+    for place, (one, (prompt, compute, held)) in enumerate(zip(rows, asks, strict=True)):
+        other, alone = make_backend(tiny.adapted, "native"), row(*prompt)
+        other.join([Join([alone], compute, held)])
+        for step in tokens if place == 0 else [*tokens, tokens[0]]:
+            other.step([alone], [step[place]], [compute])
+        torch.testing.assert_close(one.logits, alone.logits)
+        assert one.layers == alone.layers
+        if place:
+            assert one.state.past == alone.state.past
+            assert (one.state.past is not None) == held
+
+
+def test_answers_of_one_prompt_have_accounts_of_their_own(backend: NativeBackend):
+    rows = [row(5, 6, 7), row(5, 6, 7)]
+    backend.join([Join(rows, 0.75, True)])
+    first, second = (one.state.past for one in rows)
+    assert first == second
+    backend.step([rows[1]], [30], [0.75])
+    assert (first.tokens, second.tokens) == (3, 4)
+
+
+def test_a_step_that_fails_is_on_no_account(backend: NativeBackend, monkeypatch: pytest.MonkeyPatch):
+    one = row(5, 6)
+    backend.join([Join([one], 0.75, True)])
+    before = replace(one.state.past)
+    monkeypatch.setattr(backend.runtime, "saved", lambda experts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        backend.step([one], [30], [0.75])
+    assert one.state.past == before
 
 
 def test_one_row_may_step_while_the_others_wait(backend: NativeBackend):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,6 +56,26 @@ def test_the_strongest_wish_for_the_dial_holds(service: Service, fields: Any, pr
 )
 def test_how_far_a_busy_server_may_go(service: Service, fields: Any, least: float):
     assert job(service, **fields).compute_min == least
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_held"),
+    [
+        ({}, True),
+        ({"hold": False}, False),
+        ({"vllm_xargs": {"hold": False}}, False),
+        ({"hold": True, "vllm_xargs": {"hold": False}}, True),
+    ],
+)
+def test_requests_are_held_unless_they_say_not(service: Service, fields: Any, is_held: bool):
+    assert job(service, **fields).is_held == is_held
+    free = replace(service, rules=replace(service.rules, hold=False))
+    assert job(free, **fields).is_held == (is_held if fields else False)
+
+
+def test_a_wish_to_hold_that_is_none(service: Service):
+    with pytest.raises(SettingError, match="hold='maybe': must be true or false"):
+        job(service, vllm_xargs={"hold": "maybe"})
 
 
 def test_lengths_are_those_asked_for_within_the_rules(service: Service):

@@ -83,11 +83,10 @@ def test_acceptance_is_the_overlap_of_the_laws():
 
 
 def test_greedy_by_hand():
-    target = torch.tensor([[5, 6, 7], [5, 6, 7], [5, 6, 7], [5, 6, 7]])
-    draft = torch.tensor([[5, 6], [5, 1], [1, 6], [5, 6]])
-    kept, following = accept_greedy(target, draft, torch.tensor([2, 2, 2, 1]))
-    assert kept.tolist() == [2, 1, 0, 1]
-    assert following.tolist() == [7, 6, 5, 6]
+    target, draft = [[5, 6, 7]] * 4, [[5, 6], [5, 1], [1, 6], [5, 6]]
+    kept, following = accept_greedy(target, draft, [2, 2, 2, 1])
+    assert kept == [2, 1, 0, 1]
+    assert following == [7, 6, 5, 6]
 
 
 def test_an_empty_draft_is_a_plain_step():
@@ -97,8 +96,7 @@ def test_an_empty_draft_is_a_plain_step():
     kept, following = accept_sampled(p, empty, None, none)
     assert kept.tolist() == [0, 0]
     assert following.tolist() == [3, 4]
-    kept, following = accept_greedy(p.argmax(-1), empty, none)
-    assert following.tolist() == [3, 4]
+    assert accept_greedy(p.argmax(-1).tolist(), [[], []], [0, 0]) == ([0, 0], [3, 4])
 
 
 def test_a_draft_shorter_than_the_others_ends_with_the_model_s_own_law():

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rheostat import report
 from rheostat.config import Common
 from rheostat.errors import bad_setting
+from rheostat.report import file_digest, origin
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +37,14 @@ class Loaded:
             return artifact_origin(Path(self.source), self.adapted.report, seed)
         from rheostat.models import model_digest
 
-        return report.origin(seed=seed, model=self.source, model_digest=model_digest(self.adapted.model))
+        return origin(seed=seed, model=self.source, model_digest=model_digest(self.adapted.model))
 
 
 def artifact_origin(folder: Path, made: dict[str, Any], seed: int) -> dict[str, Any]:
     """Provenance of figures about an artifact. The manifest holds all digests, so its own stands for all."""
     manifest = folder.expanduser() / "rheostat.json"
     base = made.get("provenance", {}).get("base_digest")
-    return report.origin(seed=seed, model=str(folder), artifact_digest=report.file_digest(manifest), base_digest=base)
+    return origin(seed=seed, model=str(folder), artifact_digest=file_digest(manifest), base_digest=base)
 
 
 def is_artifact(source: str) -> bool:

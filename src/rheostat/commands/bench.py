@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rheostat.commands import Loaded, check_computes, check_context, load
+from rheostat.commands import Loaded, check_computes, check_context, load, timings
 from rheostat.config import Common, setting
 from rheostat.errors import SettingError, bad_setting
 from rheostat.folders import check_output
-from rheostat.report import origin, to_json, write_whole
-from rheostat.terminal import ProgressDisplay, console
+from rheostat.report import origin
+from rheostat.terminal import ProgressDisplay
 
 if TYPE_CHECKING:
     import torch
@@ -118,9 +118,14 @@ def _roof_alone(config: Config) -> dict[str, Any]:
     figures: dict[str, Any] = {"roof": roof.to_dict(), "load": load_before}
     if config.json or config.out is not None:
         figures["provenance"] = origin(seed=config.seed)
-    _show(figures)
-    _write(config, figures)
+    _hand_over(config, figures)
     return figures
+
+
+def _hand_over(config: Config, figures: dict[str, Any]) -> None:
+    timings.show(figures)
+    if config.out is not None:
+        timings.write(Path(config.out), figures)
 
 
 def _roof(config: Config, progress: ProgressDisplay) -> Roof:
@@ -170,8 +175,7 @@ def _bench(config: Config, model: str) -> dict[str, Any]:
             notes += left_out
     if config.json or config.out is not None:
         figures["provenance"] = loaded.origin(config.seed)
-    _show(figures)
-    _write(config, figures)
+    _hand_over(config, figures)
     return figures
 
 
@@ -290,61 +294,3 @@ def _load_sides(specs: Sequence[SideSpec], loaded: Loaded, progress: ProgressDis
 
 def _same_weights(one: SideSpec, other: SideSpec) -> bool:
     return one.kind == other.kind == "native" and one.weights == other.weights
-
-
-# -- output
-
-
-def _show(figures: dict[str, Any]) -> None:
-    from rheostat.bench import tables
-
-    out = console()
-    if rows := figures.get("rows"):
-        first_batch, first_prompt = figures["settings"]["batch"][0], figures["settings"]["prompts"][0]
-        by_prompt = [row for row in rows if row["batch"] == first_batch]
-        by_batch = [row for row in rows if row["prompt"] == first_prompt]
-        out.print(tables.phase_table(by_prompt, "first_token", f"time to first token, batch {first_batch}", "prompt"))
-        out.print()
-        out.print(tables.phase_table(by_prompt, "token", f"time per output token, batch {first_batch}", "prompt"))
-        out.print()
-        if len({row["batch"] for row in by_batch}) > 1:
-            out.print(tables.phase_table(by_batch, "token", f"tokens/s against batch, prompt {first_prompt}", "batch"))
-            out.print()
-    if any(row["drafts"] for row in figures.get("rows", ())):
-        out.print(tables.drafts_table(figures["rows"]))
-        out.print()
-    if figures.get("memory"):
-        out.print(tables.memory_table(figures["memory"]))
-        out.print()
-    roof = figures["roof"]
-    out.print(tables.roof_table(roof))
-    for note in dict.fromkeys(figures.get("notes", [])):
-        out.print(f"note: {note}", soft_wrap=True)
-    for what, load_then in (("the figures were", figures["load"]), ("the roof was", roof["load"])):
-        if tables.is_busy(load_then, os.cpu_count()):
-            out.print(f"note: {what} measured on a busy machine (load {load_then:.1f}) and cannot be trusted")
-
-
-def _write(config: Config, figures: dict[str, Any]) -> None:
-    if config.out is None:
-        return
-    path = Path(config.out) / "bench.json"
-    write_whole(path, (to_json(figures, indent=2) + "\n").encode())
-    console().print(f"\nwritten: {path}", soft_wrap=True)
-    if figures.get("rows") and _add_to_report(path.parent, figures):
-        console().print(f"the times are now part of the report in {path.parent}", soft_wrap=True)
-
-
-def _add_to_report(folder: Path, figures: dict[str, Any]) -> bool:
-    """Put the times into the report that `rheostat eval --out` left in this folder, if it is about the same model."""
-    from rheostat.report.schema import FILE, read
-    from rheostat.report.times import times
-    from rheostat.report.writing import model_key, write
-
-    if not (folder / FILE).is_file():
-        return False
-    report = read(folder / FILE)
-    if model_key(report) is None or model_key(report) != model_key(figures):
-        return False
-    write(folder, report | {"bench": times(figures), "bench_provenance": figures["provenance"]})
-    return True

@@ -83,7 +83,7 @@ def run(config: Config) -> dict[str, Any]:
     if config.passage < 0:
         raise bad_setting("passage", config.passage, "0 or more tokens")
     if config.out is not None:
-        _check_folder(Path(config.out))
+        check_output(config.out, overwrite=True, is_replaced=False)
     _check_tasks(config)
     ranks = Ranks()
     if config.tasks:
@@ -249,12 +249,6 @@ def _row(quality: Quality, kind: str) -> dict[str, Any]:
         "tokens_per_second": quality.num_tokens / quality.seconds,
     }
     return quality.to_dict() | derived
-
-
-def _check_folder(out: Path) -> None:
-    check_output(out, overwrite=True, is_replaced=False)
-    if out.is_dir() and not os.access(out, os.W_OK):
-        raise bad_setting("out", str(out), "a folder that can be written")
 
 
 def _write(config: Config, figures: dict[str, Any]) -> None:

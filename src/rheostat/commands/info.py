@@ -1,14 +1,17 @@
 """Show a model's sizes, its method and settings, the table of its dial, and where it comes from.
 
-Of an adapted model only the manifest is read, so this is quick at any size.
+Of an adapted model only the manifest and the beginnings of the files are read, so this is quick at any size; files that
+are missing, cut off or no tensors are an error. --verify reads them whole and compares digests.
 
 Example:
   rheostat info smol-dial
+  rheostat info smol-dial --verify
   rheostat info smollm2-135m --json
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,19 +25,22 @@ from rheostat.terminal import console, short
 if TYPE_CHECKING:
     from rheostat.geometry import Geometry
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
     """Settings of `rheostat info`."""
 
     model: str = setting(help="an adapted model, or a dense one", flag=False)
+    verify: bool = setting(False, help="read an adapted model's files whole: are they those that were saved?")
 
 
 def run(config: Config) -> dict[str, Any]:
     """Print what is known of a model.
 
     Raises:
-        SettingError: it cannot be found or read.
+        SettingError: it cannot be found or read, or is damaged.
     """
     figures = _of_artifact(config) if is_artifact(config.model) else _of_plain(config)
     _show(figures)
@@ -42,7 +48,8 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _of_artifact(config: Config) -> dict[str, Any]:
-    from rheostat.artifact import read_manifest
+    from rheostat.artifact import check_files, glance_at_files, read_manifest
+    from rheostat.digests import read_digest
     from rheostat.geometry import Geometry
 
     folder = Path(config.model).expanduser()
@@ -51,6 +58,9 @@ def _of_artifact(config: Config) -> dict[str, Any]:
         geometry = Geometry(**manifest["geometry"])
     except (KeyError, TypeError) as error:
         raise SettingError(f"artifact={config.model!r}: rheostat.json lacks a geometry ({error})") from None
+    glance_at_files(folder, manifest["files"])
+    if config.verify:
+        check_files(folder, manifest["files"], read_digest)  # not what is remembered of them
     figures = {
         "model": config.model,
         "geometry": geometry.to_dict(),
@@ -58,6 +68,7 @@ def _of_artifact(config: Config) -> dict[str, Any]:
         "method": manifest["method"],
         "dial": manifest["dial"],
         "files": {name: facts["bytes"] for name, facts in manifest["files"].items()},
+        "verified": config.verify,
         "report": manifest["report"],
     }
     if config.json:
@@ -66,6 +77,8 @@ def _of_artifact(config: Config) -> dict[str, Any]:
 
 
 def _of_plain(config: Config) -> dict[str, Any]:
+    if config.verify:
+        logger.warning("verify: has no effect, %s is no adapted model and has no digests", config.model)
     loaded = load(config.model, config)
     adapted = loaded.adapted
     figures = {
@@ -75,6 +88,7 @@ def _of_plain(config: Config) -> dict[str, Any]:
         "method": adapted.method.to_dict(),
         "dial": adapted.dial.to_dict(),
         "files": {},
+        "verified": False,
         "report": {},
     }
     if config.json:
@@ -112,6 +126,9 @@ def _show(figures: dict[str, Any]) -> None:
     out.print(table)
     for name, size in figures["files"].items():
         out.print(f"file     {name}, {short(size)}B")
+    if figures["files"]:
+        how = "digests of all bytes" if figures["verified"] else "sizes and headers (--verify reads all bytes)"
+        out.print(f"checked  {how}")
     settings = {key: value for key, value in figures["method"].items() if key != "name"}
     out.print("\n         ".join([f"method   {figures['method']['name']}", *(f"{k}={v}" for k, v in settings.items())]))
     show_dial(out, figures["dial"])

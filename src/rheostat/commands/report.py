@@ -47,7 +47,7 @@ def run(config: Config) -> dict[str, Any]:
     if not config.sources:
         raise bad_setting("sources", list(config.sources), f"at least one of {ALLOWED}")
     if config.out is not None:
-        check_output(config.out, overwrite=True)
+        check_output(config.out, overwrite=True, is_replaced=False)
     names = compare.distinct(config.sources)
     entries = [find(source, name) for source, name in zip(config.sources, names, strict=True)]
     if not any(entry.report for entry in entries):

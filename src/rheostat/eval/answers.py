@@ -61,7 +61,7 @@ def answer(
             break
         if can_leave and len(left) < len(live):
             kept = torch.tensor(left, device=adapted.device)
-            cache.reorder_cache(kept)
+            adapted.choose_rows(cache, kept)
             mask, drawn, live = mask[kept], drawn[kept], [live[k] for k in left]
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
         logits = method.decode(model, drawn[:, None], mask, cache)

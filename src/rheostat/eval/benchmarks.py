@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from rheostat.adapted import Adapted
 from rheostat.errors import SettingError, bad_setting
-from rheostat.eval.harness import BATCH_TOKENS, Account, DialLM, Override, make_lm
+from rheostat.eval.accounts import Account, Override
+from rheostat.eval.harness import BATCH_TOKENS, DialLM, make_lm
 from rheostat.eval.paired import difference_error, score_error
 from rheostat.eval.tasks.find import find_tasks
 from rheostat.eval.tasks.local import require_lm_eval

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rheostat.adapted import Adapted
 from rheostat.errors import bad_setting
+from rheostat.eval.accounts import Account, Override
 from rheostat.eval.answers import answer
 from rheostat.eval.batches import Batch, Request, can_choose_rows, in_rows, plan, truncated
 from rheostat.eval.scoring import Score, score, score_forward, scores_by_step
 from rheostat.eval.tasks.local import require_lm_eval
-from rheostat.meter import PARTS, Meter
+from rheostat.eval.ways import Way
 from rheostat.processes import Ranks
-from rheostat.sampling import Sampling
 from rheostat.spending import spend
 
 if TYPE_CHECKING:
@@ -40,30 +39,6 @@ ANSWER_ROWS = 32
 """Prompts answered together, at most."""
 ANSWER_BATCHES = 4
 """Answering holds a cache, but the logits of one position only: room for this many times the tokens."""
-MAX_NEW_TOKENS = 256
-"""Where a task does not say; as lm-eval has it."""
-
-SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p")
-
-Override = Callable[[int, torch.Tensor], torch.Tensor]
-"""(layer, x [N, D]) -> expert [N]."""
-
-
-@dataclass
-class Account:
-    """What the requests since `DialLM.open` took, over all processes once `close` has been called."""
-
-    compute: float
-    override: Override | None = None
-    """In the place of the routers' choice, for baselines (`rheostat.spend`)."""
-    meter: Meter = field(default_factory=lambda: Meter(keep_passes=False))
-    modes: set[str] = field(default_factory=set)
-    """How requests were answered: `prefill+score`, `prefill+steps`, `forward`, `generate`."""
-    num_requests: int = 0
-    num_truncated: int = 0
-    """Requests whose context was cut on the left, because the model cannot read it whole."""
-    num_unended: int = 0
-    """Answers that the limit of tokens ended."""
 
 
 class DialLM(TemplateLM):
@@ -123,20 +98,7 @@ class DialLM(TemplateLM):
     def close(self) -> Account:
         """The account, with what all processes spent."""
         mine, self.account = self.account, Account(self.account.compute)
-        meter = mine.meter
-        spent = self.ranks.gather(
-            (meter.cost, meter.dense, meter.num_prefill_tokens, meter.num_decode_tokens, meter.expert_counts)
-        )
-        total = Meter(keep_passes=False, started=meter.started)
-        for cost, dense, num_prefill_tokens, num_decode_tokens, counts_by_layer in spent:
-            for layer, found in counts_by_layer.items():
-                total.expert_counts[layer] = total.expert_counts.get(layer, 0) + found
-            for part in PARTS:
-                counts = [getattr(getattr(one, unit), part) for one in (cost, dense) for unit in ("flops", "bytes")]
-                total.add(part, *counts)
-            total.num_prefill_tokens += num_prefill_tokens
-            total.num_decode_tokens += num_decode_tokens
-        return replace(mine, meter=total)
+        return mine.over_all(self.ranks)
 
     # -- tokens, as lm-eval's own adapter for `transformers` counts them
 
@@ -254,28 +216,18 @@ class DialLM(TemplateLM):
 
     def _written(self, prompts: dict[int, str], settings: dict[str, Any]) -> dict[int, str]:
         """The answers to prompts that share one way of writing, by number."""
-        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-
-        options: dict[str, Any] = dict(normalize_gen_kwargs(settings, MAX_NEW_TOKENS))
-        until = handle_stop_sequences(list(options.pop("until")), eos=self.tokenizer.decode(self.eot_token_id))
-        limit = int(options.pop("max_gen_toks"))
-        sampling = _sampling(options)
-        if not 1 <= limit < self.max_length:
-            raise bad_setting("max_gen_toks", limit, f"between 1 and {self.max_length - 1}: the model reads no more")
+        way = Way.of(settings, end=self.tokenizer.decode(self.eot_token_id), max_length=self.max_length)
         numbers = list(prompts)
         encoded = [self.tok_encode(prompts[number]) or [self.prefix_token_id] for number in numbers]
-        room = self.max_length - limit
+        room = self.max_length - way.limit
         self.account.num_truncated += sum(len(one) > room for one in encoded)
         tokens = [tuple(one[-room:]) for one in encoded]
         batch_tokens = ANSWER_BATCHES * self.batch_tokens
-        rows = in_rows(tokens, num_more=limit, batch_tokens=batch_tokens, max_rows=ANSWER_ROWS)
+        rows = in_rows(tokens, num_more=way.limit, batch_tokens=batch_tokens, max_rows=ANSWER_ROWS)
         self._count("generate", len(numbers))
-        # A token is at least one byte, so no stop string reaches further back; the rest is for split characters.
-        reach = max((len(stop.encode()) for stop in until), default=0) + 8
 
         def is_done(written: Sequence[int]) -> bool:
-            tail = self.tokenizer.decode(list(written[-reach:]))
-            return any(stop in tail for stop in until if stop)
+            return way.is_done(self.tokenizer.decode(list(written[-way.reach :])))
 
         def work(batch: list[int]) -> dict[int, tuple[str, bool]]:
             # Of the batch's own, so that what is drawn does not depend on which process draws it.
@@ -283,15 +235,15 @@ class DialLM(TemplateLM):
             answers = answer(
                 self.adapted,
                 [tokens[k] for k in batch],
-                max_new_tokens=limit,
+                max_new_tokens=way.limit,
                 end_ids=self._end_ids,
                 is_done=is_done,
                 pad_id=self._pad_id,
-                sampling=sampling,
+                sampling=way.sampling,
                 generator=generator,
             )
             texts = [self.tokenizer.decode(list(one.token_ids), skip_special_tokens=True) for one in answers]
-            cut = [postprocess_generated_text(text, until, None) for text in texts]
+            cut = [way.cut(text) for text in texts]
             return {k: (text, one.is_ended) for k, text, one in zip(batch, cut, answers, strict=True)}
 
         written = self._run(rows, work)
@@ -335,18 +287,3 @@ def _lm_class() -> Any:
     from lm_eval.api.model import TemplateLM
 
     return type("RheostatLM", (DialLM, TemplateLM), {"__doc__": DialLM.__doc__})
-
-
-def _sampling(options: dict[str, Any]) -> Sampling:
-    """What is left of a task's settings for generation, as how to draw a token."""
-    for key in options:
-        if key not in SAMPLING_KEYS:
-            raise bad_setting(
-                f"generation_kwargs.{key}", options[key], f"left out; there are {', '.join(SAMPLING_KEYS)}"
-            )
-    if not options.get("do_sample"):
-        return Sampling()
-    temperature = float(options.get("temperature") or 1.0)
-    return Sampling(
-        temperature=temperature, top_k=int(options.get("top_k") or 0), top_p=float(options.get("top_p") or 1.0)
-    )

@@ -65,7 +65,7 @@ def score(adapted: Adapted, requests: Sequence[Request], batch: Batch, pad_id: i
     if longer:
         groups = group[longer]
         if groups.tolist() != list(range(len(ids))):
-            cache.reorder_cache(groups)
+            adapted.choose_rows(cache, groups)
         follow = _follow_by_step if scores_by_step(method) else _follow_at_once
         follow(adapted, [continuations[row] for row in longer], mask[groups], cache, longer, tally, pad_id)
     return dict(zip(numbers, tally.scores(), strict=True))
@@ -156,7 +156,7 @@ def _follow_by_step(
         due = [k for k, row in enumerate(live) if len(continuations[row]) > step]
         if can_leave and len(due) < len(live):
             kept = torch.tensor(due, device=adapted.device)
-            cache.reorder_cache(kept)
+            adapted.choose_rows(cache, kept)
             mask, live = mask[kept], [live[k] for k in due]
             due = list(range(len(live)))
         fed = [continuations[row][step - 1] if k in set(due) else pad_id for k, row in enumerate(live)]

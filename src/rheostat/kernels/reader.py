@@ -129,7 +129,7 @@ class NativeReader:
         lengths, pasts, rows = (
             torch.tensor(one, dtype=torch.int32) for one in (prompt.lengths, prompt.pasts, prompt.rows)
         )
-        by_token = settings.float().repeat_interleave(lengths) if is_routed and settings is not None else None
+        by_token = prompt.by_token(settings.float()) if is_routed and settings is not None else None
         experts = torch.empty(layers.stop, len(h), dtype=torch.int32) if is_routed else None
         positions = prompt.positions.contiguous()
         heads = structs.CAttention(

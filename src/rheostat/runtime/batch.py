@@ -157,45 +157,46 @@ class Batch:
         Returns:
             Logits [N, V], valid until the next call, and the experts [L, N] that were taken, if any were chosen.
         """
-        number: torch.Tensor | int = 1
         positions, given, asked = self.positions, settings, None
         if any(count != 1 for count in counts):  # a draft's own steps, one token a row, are spared this
-            number, asked = torch.tensor(counts), counts
-            firsts = (self.positions - (number.cumsum(0) - number)).repeat_interleave(number)
-            given = None if settings is None else settings.repeat_interleave(number)
-            positions = firsts + torch.arange(len(token_ids))
+            asked, firsts = counts, self.positions.tolist()
+            positions = torch.tensor([n + i for n, count in zip(firsts, counts, strict=True) for i in range(count)])
+            given = None if settings is None else settings.repeat_interleave(torch.tensor(counts))
         out = self._logits_of(len(token_ids))
         logits, experts = self.runtime.step(token_ids, positions, self.cache, given, asked, is_draft=is_draft, out=out)
-        self.positions += number
+        self.positions += 1 if asked is None else torch.tensor(counts)
         return logits, experts
 
     def write(
         self,
         token_ids: torch.Tensor,
-        active: torch.Tensor,
+        counts: Sequence[int],
         settings: torch.Tensor | None,
         number: int,
         *,
         is_draft: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Read the newest tokens [N] of the rows that are `active` [B] and write `number` more, greedily, of which the
-        last is not read. Bills nothing, as `check` does.
+        """Read the newest tokens [N] of some rows, 1 of `counts` [B] (of the others 0), and write `number` more,
+        greedily, of which the last is not read. Bills nothing, as `check` does.
 
         Returns:
             The tokens [n, N], and the experts [n, L, N] that were taken, if any were chosen.
         """
-        counts, given = active.long(), None if settings is None else settings[active]
+        positions, given = self.positions, settings
+        if not all(counts):
+            active = torch.tensor(counts).bool()
+            positions, given = positions[active], None if given is None else given[active]
         found = self.runtime.write(
             token_ids,
-            self.positions[active],
+            positions,
             self.cache,
             given,
-            counts.tolist(),
+            counts,
             number,
             is_draft=is_draft,
             out=self._logits_of(len(token_ids)),
         )
-        self.positions += counts * number
+        self.positions += torch.tensor([number * count for count in counts])
         return found
 
     def _logits_of(self, number: int) -> torch.Tensor:
@@ -204,10 +205,11 @@ class Batch:
             self._room = torch.empty(number, self.runtime.weights.vocab_size)
         return self._room[:number]
 
-    def take_back(self, numbers: torch.Tensor) -> None:
+    def take_back(self, numbers: Sequence[int]) -> None:
         """Forget the newest tokens of each row, [B] of them."""
-        self.cache.truncate(self.cache.lengths - numbers.int())
-        self.positions -= numbers
+        if any(numbers):
+            self.cache.truncate([n - less for n, less in zip(self.cache.lengths.tolist(), numbers, strict=True)])
+            self.positions -= torch.tensor(numbers)
 
     @property
     def tally(self) -> Tally:

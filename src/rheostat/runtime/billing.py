@@ -6,12 +6,13 @@ Steps are billed many at a time where nobody watches, and one by one in a stream
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from rheostat.cost import (
     Cost,
+    attended,
     attention_cost,
     attention_weight_bytes,
     embedding_cost,
@@ -19,6 +20,7 @@ from rheostat.cost import (
     head_cost,
     prediction_cost,
     rows_cost,
+    seen,
 )
 from rheostat.geometry import Geometry
 from rheostat.meter import PARTS, Meter
@@ -49,6 +51,9 @@ class Biller:
         self.full = torch.tensor([len(ffn.sizes) - 1 for ffn in ffns], dtype=torch.int64)  # [R]
         self.has_own_downs = torch.tensor([len(ffn.downs) > 1 for ffn in ffns], dtype=torch.bool)
         self.num_experts = [len(ffn.sizes) for ffn in ffns]
+        self.full_sizes = [ffn.sizes[-1] for ffn in ffns]
+        self.full_counts = torch.zeros_like(self.sizes).scatter_(1, self.full[:, None], 1)
+        """[R, E], what a token that takes the full FFN adds to the experts' counts."""
         self.router_weights = [ffn.router.num_weights for ffn in ffns if ffn.router is not None]
         self._kinds = Counter(geometry.windows or (0,) * geometry.num_layers)
         fixed = attention_weight_bytes(geometry, itemsize) + ffn_cost(geometry, 0, self.num_plain, itemsize)
@@ -118,24 +123,23 @@ class Biller:
             experts: [n, L, B], or None where all took the full FFN.
         """
         num_rows, full = len(pasts), self.geometry.ffn_size
-        widths = torch.full((num_steps, num_rows), full * self.num_plain)
-        first = len(meter.passes)
-        valid = torch.ones(num_rows, 1, dtype=torch.bool)
-        for _ in range(num_steps):
-            meter.open_pass("decode", valid, self.geometry.num_layers, full)
-        for part, flops, num_bytes, token_flops, token_bytes in self._rates:
-            flops = num_steps * (flops + num_rows * token_flops)
-            num_bytes = num_steps * (num_bytes + num_rows * token_bytes)
-            meter.add(part, flops, num_bytes, flops, num_bytes)
-        self._context(meter, pasts, num_steps)
-        if self.routed:
-            shape = (num_steps, len(self.routed), num_rows)
-            chosen = self.full[None, :, None].expand(shape) if experts is None else experts[:, self.routed]
-            widths = widths + self._experts(meter, tally, chosen, is_routed=experts is not None)
-        records = meter.passes[first:] if meter.keep_passes else meter.passes[-1:]
+        first, valid = len(meter.passes), None
         if meter.counts_widths:
-            for record, row in zip(records, widths[-len(records) :], strict=True):
-                record.ffn_channels += row[:, None]
+            valid = torch.ones(num_rows, 1, dtype=torch.bool)
+            for _ in range(num_steps):
+                meter.open_pass("decode", valid, self.geometry.num_layers, full)
+        else:
+            meter.side_tokens(num_steps * num_rows)
+        self._flat(meter, num_steps, num_steps * num_rows)
+        self._context(meter, ((num_steps, past) for past in pasts.tolist()))
+        chosen = None if experts is None else experts[:, self.routed]
+        widths = self._widths(meter, tally, chosen, num_steps, num_rows)
+        if valid is None:
+            return
+        records = meter.passes[first:] if meter.keep_passes else meter.passes[-1:]
+        rows = widths[-len(records) :] if isinstance(widths, torch.Tensor) else [widths] * len(records)
+        for record, row in zip(records, rows, strict=True):
+            record.ffn_channels += row if isinstance(row, int) else row[:, None]
 
     def check(
         self,
@@ -150,34 +154,67 @@ class Biller:
         Args:
             experts: [L, N], or None where all took the full FFN.
         """
-        geometry, full = self.geometry, self.geometry.ffn_size
-        num_tokens = sum(counts)
-        valid = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
-        meter.open_pass("decode", valid, geometry.num_layers, full)
-        cost = attention_weight_bytes(geometry, self.itemsize)
-        for (new, past), number in Counter(zip(counts, pasts, strict=True)).items():
-            cost += attention_cost(geometry, new, past, self.itemsize).times(number)
-        if self.num_plain:
-            cost += ffn_cost(geometry, num_tokens, self.num_plain, self.itemsize)
-        cost += embedding_cost(geometry, num_tokens, self.itemsize)
-        meter.bill(cost + head_cost(geometry, num_tokens, self.itemsize))
-        widths = torch.full((num_tokens,), full * self.num_plain)
-        if self.routed:
-            chosen = self.full[:, None].expand(-1, num_tokens) if experts is None else experts[self.routed]
-            widths = widths + self._experts(meter, tally, chosen[None], is_routed=experts is not None)[0]
-        channels = torch.zeros(valid.shape, dtype=torch.int64)
-        channels[valid] = widths
+        geometry, num_tokens = self.geometry, sum(counts)
+        is_whole = min(counts) == max(counts)
+        shape = (len(counts), max(counts))
+        valid = torch.ones(shape, dtype=torch.bool)
+        if not is_whole:
+            valid = torch.arange(shape[1]) < torch.tensor(counts)[:, None]
+        meter.open_pass("decode", valid, geometry.num_layers, geometry.ffn_size)
+        self._flat(meter, 1, num_tokens)
+        self._context(meter, zip(counts, pasts, strict=True), is_shared=True)
+        chosen = None if experts is None else experts[None, self.routed]
+        widths = self._widths(meter, tally, chosen, 1, num_tokens)
+        if isinstance(widths, int):
+            meter.widths(widths if is_whole else valid * widths)
+            return
+        channels = torch.zeros(shape, dtype=torch.int64)
+        channels[valid] = widths[0]
         meter.widths(channels)
 
-    def _context(self, meter: Meter, pasts: torch.Tensor, num_steps: int) -> None:
-        """What attention over `pasts` costs beyond that of a first token, which is billed already."""
-        more = 0
-        before = pasts[None] + torch.arange(num_steps)[:, None]  # [n, B]
-        for window, number in self._kinds.items():
-            more += number * int((before.clamp(max=window - 1) if window else before).sum())
-        flops = 4 * self.geometry.num_heads * self.geometry.head_dim * more
-        num_bytes = more * self.geometry.kv_values * self.itemsize
+    def _flat(self, meter: Meter, num_passes: int, num_tokens: int) -> None:
+        """What passes over so many tokens in all cost, as if each were its text's first."""
+        for part, flops, num_bytes, token_flops, token_bytes in self._rates:
+            flops = num_passes * flops + num_tokens * token_flops
+            num_bytes = num_passes * num_bytes + num_tokens * token_bytes
+            meter.add(part, flops, num_bytes, flops, num_bytes)
+
+    def _context(self, meter: Meter, rows: Iterable[tuple[int, int]], *, is_shared: bool = False) -> None:
+        """What attention costs beyond that of first tokens, which is billed already.
+
+        Args:
+            rows: (new tokens, cached before them) of each row.
+            is_shared: the new tokens of a row come in one pass, which reads what they see once.
+        """
+        pairs = read = 0
+        for new, past in rows:
+            for window, number in self._kinds.items():
+                more = number * (attended(new, past, window) - new)
+                pairs += more
+                read += number * (seen(new, past, window) - new) if is_shared else more
+        flops = 4 * self.geometry.num_heads * self.geometry.head_dim * pairs
+        num_bytes = read * self.geometry.kv_values * self.itemsize
         meter.add("scores", flops, num_bytes, flops, num_bytes)
+
+    def _widths(
+        self, meter: Meter, tally: Tally, chosen: torch.Tensor | None, num_passes: int, num_tokens: int
+    ) -> torch.Tensor | int:
+        """Bill experts [n, R, N] of n passes over N tokens each, or the full FFN in all of them where there are none.
+
+        Returns:
+            Channels over all layers [n, N]; one number where all tokens have the same.
+        """
+        plain = self.geometry.ffn_size * self.num_plain
+        if not self.routed:
+            return plain
+        if chosen is not None:
+            return plain + self._experts(meter, tally, chosen, is_routed=True)
+        channels = sum(self.full_sizes)
+        weights, total = 3 * self.geometry.hidden_size * channels, num_passes * num_tokens
+        flops, num_bytes = 2 * weights * total, num_passes * weights * self.itemsize
+        meter.add("ffn", flops, num_bytes, flops, num_bytes)
+        self._count(meter, tally, self.full_counts * total)
+        return plain + channels
 
     def _experts(self, meter: Meter, tally: Tally, chosen: torch.Tensor, *, is_routed: bool) -> torch.Tensor:
         """Bill experts [n, R, N] of n passes; returns the channels [n, N] over these routed layers: all, or the first

@@ -113,16 +113,17 @@ class KVCache:
         view.lengths, view.starts, view.plans = self.lengths, self.starts, {}
         return view
 
-    def truncate(self, lengths: torch.Tensor | int) -> None:
+    def truncate(self, lengths: torch.Tensor | list[int] | int) -> None:
         """Go back to these `lengths` (one for all rows, or [B]): what came after is forgotten.
 
         Raises:
             SettingError: a row has fewer, or its start lies beyond.
         """
-        wanted = torch.as_tensor(lengths, dtype=torch.int32).expand(self.num_rows).clone()
-        if bool(((wanted > self.lengths) | (wanted < self.starts)).any()):
-            raise bad_setting("lengths", wanted.tolist(), f"from {self.starts.tolist()} to {self.lengths.tolist()}")
-        self.lengths = wanted
+        have, starts = self.lengths.tolist(), self.starts.tolist()
+        wanted = lengths if isinstance(lengths, list) else torch.as_tensor(lengths).expand(len(have)).tolist()
+        if any(not start <= one <= most for start, one, most in zip(starts, wanted, have, strict=True)):
+            raise bad_setting("lengths", wanted, f"from {starts} to {have}")
+        self.lengths = torch.tensor(wanted, dtype=torch.int32)
 
     def contents(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values [B, K, S, d] of a layer, and in which column [B] each row's slot 0 is."""

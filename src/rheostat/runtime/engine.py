@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from rheostat.caches.counting import saved_bytes
@@ -67,7 +66,8 @@ class Runtime:
         self.rope = RopeTable(self.weights.inv_freq, self.weights.rope_scale)
         self.biller = Biller(self.weights, Geometry.from_config(model.config), self.itemsize)
         self.cache_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(format, torch.float16)
-        self._saved: np.ndarray | None = None
+        self._saved: list[list[int]] = []
+        """Of each layer: weights that a token leaves out with each expert."""
         self.forms = Forms(self.weights, format, draft_form, ahead)
 
     def fits(self, model: Any) -> bool:
@@ -201,14 +201,12 @@ class Runtime:
 
     def saved(self, experts: torch.Tensor) -> list[int]:
         """[B], the weights that tokens left out with the experts [L, B]."""
-        if self._saved is None:
-            ffns = [layer.ffn for layer in self.weights.layers if layer.ffn.router is not None]
-            most = max(len(ffn.sizes) for ffn in ffns)
-            rows = [np.pad(saved_weights(ffn), (0, most - len(ffn.sizes))) for ffn in ffns]
-            self._saved = np.stack(rows)  # [R, E]
-        chosen = experts.numpy()[self.biller.routed]
-        found: list[int] = np.take_along_axis(self._saved, chosen, 1).sum(0).tolist()
-        return found
+        if not self._saved:
+            ffns = [layer.ffn for layer in self.weights.layers]
+            self._saved = [[0] * len(one.sizes) if one.router is None else saved_weights(one).tolist() for one in ffns]
+        # Plain numbers: between two steps the weights have put the code of numpy out of the processor's caches.
+        rows: list[list[int]] = experts.T.tolist()
+        return [sum(saved[expert] for saved, expert in zip(self._saved, row, strict=True)) for row in rows]
 
     def setting(self, settings: Settings) -> torch.Tensor | None:
         """What the routers obey, [B] float32; None where all run dense."""

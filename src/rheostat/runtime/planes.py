@@ -220,8 +220,8 @@ class PlaneCache(KVCache):
         for row, (start, stop) in enumerate(zip(cache.starts.tolist(), cache.lengths.tolist(), strict=True)):
             middle = start + body_length(stop - start, group_size)
             if middle > start:
-                old = (one[:, row, :, start:middle] for one in (cache.keys, cache.values))
-                new.body.append(row, *old, middle - start)
+                keys, values = (one[:, row, :, start:middle] for one in (cache.keys, cache.values))
+                new.body.append(row, keys, values, middle - start)
             new.keys[:, row, :, : stop - middle] = cache.keys[:, row, :, middle:stop]
             new.values[:, row, :, : stop - middle] = cache.values[:, row, :, middle:stop]
             new.lengths[row] = stop - middle

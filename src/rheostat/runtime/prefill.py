@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rheostat.holding import Account
+from rheostat.holding import Account, Parts
 from rheostat.runtime.cache import KVCache
 from rheostat.runtime.plain import activate, choose, dense, rms_norm
 from rheostat.runtime.rope import RopeTable, rotate
@@ -63,6 +63,11 @@ class Prompt:
         positions = torch.cat([torch.arange(past, past + length) for past, length in pairs])
         places = list(range(len(lengths))) if rows is None else list(rows)
         return cls(input_ids[valid], positions, lengths, valid, places, befores)
+
+    def by_token(self, settings: torch.Tensor) -> torch.Tensor:
+        """Settings [B] of the rows, or [N] already, as settings [N] of the tokens."""
+        is_by_row = len(settings) == len(self.lengths)  # where both numbers are one, a row is a token
+        return settings.repeat_interleave(torch.tensor(self.lengths)) if is_by_row else settings
 
     @property
     def firsts(self) -> torch.Tensor:
@@ -125,15 +130,17 @@ def prefill_held(
         account.skip(prompt.lengths)
         return prefill(weights, prompt, cache, None, rope)
     h = embed(weights, prompt)
-    lengths = np.array(prompt.lengths, dtype=np.float64)[:, None]
-    reading = account.read(asked, lengths, np.full_like(lengths, is_last))
+    parts = Parts.of(np.arange(max(prompt.lengths)) < np.array(prompt.lengths)[:, None], prompt.pasts)
+    owners = np.arange(len(asked)).repeat(prompt.lengths)
+    places = parts.places[owners, prompt.positions.numpy() - np.array(prompt.pasts)[owners]]  # [N]
+    reading, bins = account.prompt(asked, parts, is_last=is_last), owners * parts.counts.shape[1] + places
     experts: list[torch.Tensor] = []
     for layers in account.table.groups:
-        settings = torch.from_numpy(reading.setting(layers.start)[:, 0]).float()
+        settings = torch.from_numpy(reading.by_part(layers.start)[owners, places]).float()
         found = run_layers(weights, layers, h, prompt, cache, settings, rope)
-        for layer, chosen in zip(layers, found or (), strict=False):
-            saved = saved_weights(weights.layers[layer].ffn)[chosen.numpy()]
-            reading.took(layer, np.add.reduceat(saved, np.cumsum([0, *prompt.lengths[:-1]]))[:, None])
+        pairs = zip(layers, found or (), strict=False)
+        saved = sum(saved_weights(weights.layers[layer].ffn)[chosen.numpy()] for layer, chosen in pairs)  # [N]
+        reading.took_parts(layers[-1], np.bincount(bins, saved, parts.counts.size).reshape(parts.counts.shape))
         experts += found or ()
     set_lengths(cache, prompt)
     return rms_norm(h[prompt.lasts], weights.final_norm, weights.eps), experts or None
@@ -142,7 +149,12 @@ def prefill_held(
 def saved_weights(ffn: FFNWeights) -> np.ndarray:
     """[E] int64, the weights that a token leaves out with each expert, less those of the router."""
     assert ffn.router is not None
-    return 3 * ffn.router.hidden_size * (ffn.sizes[-1] - np.array(ffn.sizes)) - ffn.router.num_weights
+    return _saved_weights(tuple(ffn.sizes), ffn.router.hidden_size, ffn.router.num_weights)
+
+
+@functools.lru_cache(maxsize=256)
+def _saved_weights(sizes: tuple[int, ...], hidden_size: int, num_router_weights: int) -> np.ndarray:
+    return 3 * hidden_size * (sizes[-1] - np.array(sizes)) - num_router_weights
 
 
 def embed(weights: DecoderWeights, prompt: Prompt) -> torch.Tensor:
@@ -167,7 +179,8 @@ def run_layers(
     settings: torch.Tensor | None,
     rope: RopeTable,
 ) -> list[torch.Tensor] | None:
-    """Some layers on tokens whose residual stream is h [N, D] float32, which is changed in place.
+    """Some layers on tokens whose residual stream is h [N, D] float32, which is changed in place; the native settings
+    are of each row [B], or of each token [N].
 
     Each of these layers writes the tokens' keys and values after each row's past, which it finds in the cache; the
     other layers' are not touched, and neither are the cache's lengths (see `set_lengths`).
@@ -182,7 +195,7 @@ def run_layers(
         settings = None
     cache.reserve(max(prompt.ends))
     angles = [one[None] for one in rope.at(prompt.positions)]  # [1, N, r / 2]
-    by_token = None if settings is None else settings.repeat_interleave(torch.tensor(prompt.lengths))
+    by_token = None if settings is None else prompt.by_token(settings)
     experts = []
     for place in layers:
         layer = weights.layers[place]

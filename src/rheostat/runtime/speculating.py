@@ -46,25 +46,31 @@ class NativeHost(Host):
     def check(self, state: State, draft: Draft) -> torch.Tensor:
         """Every row's own draft, no longer than it is."""
         self._width = draft.token_ids.shape[1]
-        self._counts = ((draft.lengths + 1) * state.active).tolist()
-        block = torch.cat([state.token_ids[:, -1:], draft.token_ids], 1)
-        taken = torch.arange(self._width + 1) < torch.tensor(self._counts)[:, None]  # [B, G + 1]
-        pasts = self.batch.positions.tolist()
-        found, experts = self.batch.check(block[taken], self.setting, self._counts)
-        if (spending := current_spending()) is not None:
-            self.runtime.biller.check(spending.meter, self.batch.tally, pasts, self._counts, experts)
-            self._bill_body(spending.meter, 8)
-        if bool(taken.all()):
-            return found.view(*taken.shape, -1)
+        lengths, active = draft.lengths.tolist(), state.active.tolist()
+        self._counts = [(n + 1) * is_active for n, is_active in zip(lengths, active, strict=True)]
+        block = torch.cat([state.token_ids[:, -1:], draft.token_ids], 1)  # [B, G + 1]
+        if min(self._counts) == block.shape[1]:
+            return self._read_all(block.flatten()).view(*block.shape, -1)
+        taken = torch.arange(self._width + 1) < torch.tensor(self._counts)[:, None]
+        found = self._read_all(block[taken])
         logits = found.new_zeros(*taken.shape, found.shape[1])
         logits[taken] = found
         return logits
+
+    def _read_all(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] after each of the tokens [N] of a check, which is billed."""
+        pasts = self.batch.positions.tolist()
+        found, experts = self.batch.check(token_ids, self.setting, self._counts)
+        if (spending := current_spending()) is not None:
+            self.runtime.biller.check(spending.meter, self.batch.tally, pasts, self._counts, experts)
+            self._bill_body(spending.meter, 8)
+        return found
 
     def take_back(self, drops: list[int]) -> None:
         """Row by row; then what has grown old moves to the body."""
         unread = [self._width + 1 - count for count in self._counts]  # of those it never read them
         numbers = [max(0, drop - less) for drop, less in zip(drops, unread, strict=True)]
-        self.batch.take_back(torch.tensor(numbers))
+        self.batch.take_back(numbers)
         self.batch.cache.settle()
 
     def room(self, num_rows: int) -> list[int]:
@@ -79,10 +85,10 @@ class NativeHost(Host):
     def forget(self, num_tokens: int) -> None:
         """Of the rows that went on; what reading them cost is billed now."""
         assert self._step is not None
-        active = self._step.active
-        self.batch.take_back(active.long() * num_tokens)
+        step = self._step
+        self.batch.take_back([num_tokens * count for count in step.counts])
         if (spending := current_spending()) is not None and num_tokens:
-            self._bill_draft(spending.meter, self.batch.positions[active], self._step.experts, num_tokens)
+            self._bill_draft(spending.meter, step.of_active(self.batch.positions), step.experts, num_tokens)
 
     @contextmanager
     def cheaply(self) -> Iterator[None]:
@@ -135,13 +141,18 @@ class NativeStep:
         self.host, self.active = host, active
         self.num_read = 0
         self.experts: list[torch.Tensor] = []
-        self._counts = active.long().tolist()
+        self.counts: list[int] = active.long().tolist()
         self._setting = host.setting
+
+    def of_active(self, one: torch.Tensor) -> torch.Tensor:
+        """The rows that go on of [B, ...]."""
+        return one if all(self.counts) else one[self.active]
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Token ids [B] -> logits [B, V]; zeros for rows that have ended."""
         host = self.host
-        found, experts = host.batch.check(token_ids[self.active], self._setting, self._counts, is_draft=host._is_cheap)
+        newest = self.of_active(token_ids)
+        found, experts = host.batch.check(newest, self._setting, self.counts, is_draft=host._is_cheap)
         self.num_read += 1
         if experts is not None:
             self.experts.append(experts)
@@ -153,12 +164,13 @@ class NativeStep:
         """Token ids [B] -> the `number` most likely ones after them [B, n], one by one; zeros for rows that have
         ended. One call of native code."""
         host = self.host
-        found, experts = host.batch.write(
-            token_ids[self.active], self.active, self._setting, number, is_draft=host._is_cheap
-        )
+        newest = self.of_active(token_ids).contiguous()
+        found, experts = host.batch.write(newest, self.counts, self._setting, number, is_draft=host._is_cheap)
         self.num_read += number
         if experts is not None:
             self.experts += experts
+        if all(self.counts):
+            return found.T
         out = found.new_zeros(len(token_ids), number)
         out[self.active] = found.T
         return out

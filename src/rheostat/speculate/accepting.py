@@ -9,20 +9,27 @@ import torch
 
 
 def accept_greedy(
-    target_ids: torch.Tensor, draft_ids: torch.Tensor, lengths: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    target_ids: list[list[int]], draft_ids: list[list[int]], lengths: list[int]
+) -> tuple[list[int], list[int]]:
     """Keep drafted tokens as long as they are what the model itself takes.
 
+    Plain numbers: between two passes an operation of torch costs more than all that is done here.
+
     Args:
-        target_ids: [B, G + 1], the model's most likely token at each position.
-        draft_ids: [B, G].
+        target_ids: [B][G + 1], the model's most likely token at each position.
+        draft_ids: [B][G].
         lengths: [B], how many of them each row drafted.
 
     Returns:
         How many are kept [B], and the model's own token after them [B].
     """
-    num_kept = _leading(draft_ids == target_ids[:, :-1], lengths)
-    return num_kept, target_ids.gather(1, num_kept[:, None])[:, 0]
+    num_kept = []
+    for wanted, drafted, length in zip(target_ids, draft_ids, lengths, strict=True):
+        n = 0
+        while n < length and drafted[n] == wanted[n]:
+            n += 1
+        num_kept.append(n)
+    return num_kept, [row[n] for row, n in zip(target_ids, num_kept, strict=True)]
 
 
 def accept_sampled(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,6 +85,7 @@ class _Written:
     """What each row has written."""
 
     rows: list[list[int]]
+    prompt_lengths: list[int]
     geometry: Geometry
     started: float = field(default_factory=time.perf_counter)
 
@@ -126,33 +128,41 @@ def speculate(
     mask = check_prompts(input_ids, attention_mask)
     ending, sampling = ending or Ending(), sampling or Sampling()
     host = host or StockHost(model, method, cache)
-    written = _Written([[] for _ in input_ids], Geometry.from_config(model.config))
+    written = _Written([[] for _ in input_ids], mask.sum(1).tolist(), Geometry.from_config(model.config))
     first = sample(host.read(input_ids, mask, ending.max_new_tokens), sampling, generator)
     active = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     state = State(model, method, host, input_ids, mask, active, sampling, generator)
     state.token_ids, state.mask = _append(input_ids, first[:, None]), pad(mask, (0, 1), value=1)
-    yield _emit(state, written, ending, [[token] for token in first.tolist()], [0] * len(first))
-    if bool(state.active.any()):
+    newest, everyone = [[token] for token in first.tolist()], [True] * len(first)
+    result = _emit(state, written, ending, newest, [0] * len(first), everyone)
+    yield result
+    if not all(result.is_last.tolist()):
         drafter.begin(state)
-    while bool(state.active.any()):
-        yield _round(state, written, ending, drafter, pace)
+    while not all(result.is_last.tolist()):
+        result = _round(state, written, ending, drafter, pace)
+        yield result
 
 
 def _round(state: State, written: _Written, ending: Ending, drafter: Drafter, pace: Pace) -> Round:
-    limits = _limits(state, written, ending, pace.length)
-    pasts = (state.mask.sum(1) - 1).tolist() if current_spending() is not None else []
+    was_active = state.active.tolist()
+    limits = _limits(state, written, ending, pace.length, was_active)
+    pasts = [length + len(row) - 1 for length, row in zip(written.prompt_lengths, written.rows, strict=True)]
     begun = time.perf_counter()
-    draft = drafter.propose(state, limits) if bool(limits.any()) else no_draft(state)
+    draft = (
+        drafter.propose(state, torch.tensor(limits, device=state.token_ids.device)) if any(limits) else no_draft(state)
+    )
     drafted = time.perf_counter()
     logits = _check(state, draft)
-    num_kept, following = _accept(state, draft, logits)
-    pace.note(draft.lengths[state.active].tolist(), num_kept[state.active].tolist(), drafted - begun, drafted)
-    drops = _advance(state, draft, num_kept, following)
-    new = _join(draft.token_ids.tolist(), num_kept.tolist(), following.tolist())
-    was_active, before = state.active.tolist(), written.longest
-    result = _emit(state, written, ending, new, draft.lengths.tolist())
+    token_ids, lengths = draft.token_ids.tolist(), draft.lengths.tolist()
+    num_kept, following = _accept(state, draft, logits, token_ids, lengths, was_active)
+    tried, right = (list(compress(one, was_active)) for one in (lengths, num_kept))
+    pace.note(tried, right, drafted - begun, drafted)
+    drops = _advance(state, token_ids, num_kept, following, was_active)
+    new = _join(token_ids, num_kept, following)
+    before = written.longest
+    result = _emit(state, written, ending, new, lengths, was_active)
     _note(state.model.dtype.itemsize, written, result, was_active, pasts, written.longest - before, pace)
-    if bool(state.active.any()):
+    if not all(result.is_last.tolist()):
         drafter.settle(state, draft.token_ids.shape[1], drops)
     return result
 
@@ -175,12 +185,14 @@ def check_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) 
 # -- one round
 
 
-def _limits(state: State, written: _Written, ending: Ending, draft_length: int) -> torch.Tensor:
+def _limits(state: State, written: _Written, ending: Ending, draft_length: int, is_active: list[bool]) -> list[int]:
     """How many tokens [B] each row may draft: the pass gives one more of its own."""
     spaces = state.host.room(len(written.rows))
     left = [ending.max_new_tokens - len(row) - 1 for row in written.rows]
-    limits = [max(0, min(draft_length, *pair)) for pair in zip(spaces, left, strict=True)]
-    return torch.tensor(limits, device=state.token_ids.device) * state.active
+    return [
+        max(0, min(draft_length, space, rest)) * active
+        for space, rest, active in zip(spaces, left, is_active, strict=True)
+    ]
 
 
 def _check(state: State, draft: Draft) -> torch.Tensor:
@@ -190,48 +202,67 @@ def _check(state: State, draft: Draft) -> torch.Tensor:
         return state.host.check(state, draft)
 
 
-def _accept(state: State, draft: Draft, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    lengths = draft.lengths * state.active
+def _accept(
+    state: State,
+    draft: Draft,
+    logits: torch.Tensor,
+    token_ids: list[list[int]],
+    lengths: list[int],
+    is_active: list[bool],
+) -> tuple[list[int], list[int]]:
+    """How many drafted tokens [B] stay, none of rows that had ended, and the token after them [B]."""
     if state.is_greedy:
-        return accept_greedy(most_likely(logits), draft.token_ids, lengths)
+        counts = [n * active for n, active in zip(lengths, is_active, strict=True)]
+        return accept_greedy(most_likely(logits).tolist(), token_ids, counts)
     laws = probabilities(logits.flatten(0, 1), state.sampling).view(logits.shape)
-    return accept_sampled(laws, draft.token_ids, draft.probs, lengths, state.generator)
+    found = accept_sampled(laws, draft.token_ids, draft.probs, draft.lengths * state.active, state.generator)
+    return found[0].tolist(), found[1].tolist()
 
 
-def _advance(state: State, draft: Draft, num_kept: torch.Tensor, following: torch.Tensor) -> list[int]:
+def _advance(
+    state: State, token_ids: list[list[int]], num_kept: list[int], following: list[int], is_active: list[bool]
+) -> list[int]:
     """Put what was accepted and what follows into the state, and take the rest back from the cache.
 
     Returns:
         How many of the round's tokens each row took back. Rows that had ended go along with the others.
     """
-    width = draft.token_ids.shape[1]
-    least = int((width - num_kept)[state.active].min())
-    drops = torch.where(state.active, width - num_kept, least)
-    state.host.take_back(drops.tolist())
-    tokens = _append(_append(state.token_ids, draft.token_ids), following[:, None])
-    last = tokens.shape[1] - 1 - drops
-    tokens = tokens.scatter(1, last[:, None], following[:, None])
-    mask = pad(state.mask, (0, width + 1), value=1)
-    if int(drops.max()) > least:
-        tokens, mask = roll_right(tokens, drops), roll_right(mask, drops)
-        state.token_ids, state.mask = tokens[:, least:], mask[:, least:]
-    else:  # nothing comes in on the left: cut on the right
-        state.token_ids, state.mask = (one[:, : one.shape[1] - least] for one in (tokens, mask))
-    return drops.tolist()
+    width = len(token_ids[0])
+    least = min(width - kept for kept, active in zip(num_kept, is_active, strict=True) if active)
+    drops = [width - kept if active else least for kept, active in zip(num_kept, is_active, strict=True)]
+    state.host.take_back(drops)
+    shifts = [drop - least for drop in drops]
+    rows = [
+        [*drafted[: width - drop], token, *[0] * shift]
+        for drafted, drop, token, shift in zip(token_ids, drops, following, shifts, strict=True)
+    ]
+    tokens = _append(state.token_ids, torch.tensor(rows, device=state.token_ids.device))
+    mask = pad(state.mask, (0, len(rows[0])), value=1)
+    if any(shifts):
+        moved = torch.tensor(shifts, device=tokens.device)
+        tokens, mask = roll_right(tokens, moved), roll_right(mask, moved)
+    state.token_ids, state.mask = tokens, mask
+    return drops
 
 
-def _emit(state: State, written: _Written, ending: Ending, new: list[list[int]], num_drafted: list[int]) -> Round:
+def _emit(
+    state: State,
+    written: _Written,
+    ending: Ending,
+    new: list[list[int]],
+    num_drafted: list[int],
+    is_active: list[bool],
+) -> Round:
     """Cut the new tokens of each row at its end and hand them out."""
-    out, device = [], state.token_ids.device
-    is_active = state.active.tolist()
+    out, device, goes_on = [], state.token_ids.device, list(is_active)
     for row, tokens in enumerate(new):
         kept: list[int] = []
         if is_active[row]:
             kept, has_ended = ending.cut(written.rows[row], tokens)
             written.rows[row] += kept
-            is_active[row] = not has_ended
+            goes_on[row] = not has_ended
         out.append(torch.tensor(kept, dtype=torch.long, device=device))
-    state.active = torch.tensor(is_active, device=device)
+    state.active = torch.tensor(goes_on, device=device)
     return Round(out, ~state.active, num_drafted, time.perf_counter() - written.started)
 
 

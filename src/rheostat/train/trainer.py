@@ -17,18 +17,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from rheostat import families, processes
+from rheostat import processes
 from rheostat.adapted import Adapted
 from rheostat.errors import SettingError, bad_setting
-from rheostat.methods.base import MeteredFFN, Method, Progress, no_progress
+from rheostat.methods.base import Method, Progress, no_progress
 from rheostat.spending import current_pass, current_spending, replay, spend
+from rheostat.train import adapters
+from rheostat.train.callbacks import ClipGroups, Clock, Settle
 from rheostat.train.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
-
-MAX_GRADIENT = 1.0
-MAX_SKIPPED = 10
-"""Steps in a row without finite gradients after which training is given up."""
 
 
 class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -130,7 +128,7 @@ def check_settings(model: PreTrainedModel, method: Method, settings: TrainSettin
         raise bad_setting("dtype", "float16", "float32 or bfloat16 for training: steps are too small for float16")
     if not settings.lora_rank:
         return
-    if not _adapter_targets(model, set(method.trainable(model))):
+    if not adapters.targets(model, set(method.trainable(model))):
         raise bad_setting(
             "train.lora_rank", settings.lora_rank, f"0: {method.name} as set trains no weights of the FFN"
         )
@@ -213,64 +211,6 @@ class DialTrainer(Trainer):
         return self.optimizer
 
 
-class ClipGroups(TrainerCallback):
-    """Averages the gradients over the processes, and clips those of routers and of all else apart: the routers' noisy
-    labels must not scale down the rest. A step whose gradients are not finite changes nothing; many in a row are an
-    error."""
-
-    def __init__(self) -> None:
-        self.num_skipped = 0  # in a row
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Each parameter group to a norm of at most `MAX_GRADIENT`.
-
-        Raises:
-            SettingError: `MAX_SKIPPED` steps in a row had gradients that were not finite.
-        """
-        groups = [group["params"] for group in kwargs["optimizer"].param_groups]
-        processes.average_gradients(p for group in groups for p in group)
-        norms = [torch.nn.utils.clip_grad_norm_(group, MAX_GRADIENT) for group in groups]
-        if all(bool(torch.isfinite(norm)) for norm in norms):
-            self.num_skipped = 0
-            return
-        for parameter in (p for group in groups for p in group):
-            parameter.grad = None  # which the optimizer passes over
-        self.num_skipped += 1
-        logger.warning("training: the gradients of step %d are not finite; it changes nothing", state.global_step + 1)
-        if self.num_skipped >= MAX_SKIPPED:
-            raise bad_setting("train.learning_rate", args.learning_rate, "lower: gradients are not finite any more")
-
-
-class Settle(TrainerCallback):
-    """Calls `settle` at `times` - 1 steps, evenly spread: what it solves is not what this step's gradients wanted."""
-
-    def __init__(self, settle: Callable[[], Any], steps: int, times: int) -> None:
-        self.settle = settle
-        self.at = {round(steps * k / times) for k in range(1, times)} - {steps}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """At its steps. A checkpoint of the same step is written after it."""
-        if state.global_step in self.at:
-            self.settle()
-
-
-class Clock(TrainerCallback):
-    """Saves by the clock, not by the step (a step may take a second or a minute), and shows the progress."""
-
-    def __init__(self, minutes: float, progress: Progress) -> None:
-        import time
-
-        self.now = time.monotonic
-        self.every, self.last, self.progress = minutes * 60, self.now(), progress
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Ask for a checkpoint when it is time."""
-        self.progress("training", state.global_step, state.max_steps)
-        if self.now() - self.last > self.every and state.global_step < state.max_steps:
-            self.last, control.should_save = self.now(), True
-        return control
-
-
 @contextmanager
 def _only(adapted: Adapted, settings: TrainSettings) -> Iterator[None]:
     """Only what the method trains wants gradients; with adapters, they stand in for the FFN's own weights and
@@ -285,7 +225,7 @@ def _only(adapted: Adapted, settings: TrainSettings) -> Iterator[None]:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in wanted)
         if settings.lora_rank:
-            lora = _Adapters(model, settings.lora_rank, wanted)
+            lora = adapters.Adapters(model, settings.lora_rank, wanted)
         if checkpoints:
             model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": _recomputed})
         model.train()
@@ -310,43 +250,3 @@ def _only(adapted: Adapted, settings: TrainSettings) -> Iterator[None]:
 def _recomputed() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For gradient checkpointing: recomputation comes after the `spend` block and must see its dial all the same."""
     return nullcontext(), replay(current_spending(), current_pass())
-
-
-def _adapter_targets(model: nn.Module, wanted: set[str]) -> list[str]:
-    """The FFN projections that training changes."""
-    return [
-        name
-        for name, _ in model.named_modules()
-        if name.endswith(families.FFN_PROJECTIONS) and f"{name}.weight" in wanted
-    ]
-
-
-class _Adapters:
-    """Low-rank adapters on every FFN projection, through `peft`."""
-
-    def __init__(self, model: PreTrainedModel, rank: int, wanted: set[str]) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
-
-        self.model = model
-        targets = _adapter_targets(model, wanted)
-        kept = [p for n, p in model.named_parameters() if p.requires_grad and (".router." in n or ".downs." in n)]
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
-        for parameter in kept:  # peft freezes all that is not an adapter
-            parameter.requires_grad_(True)
-        self._set_naive(True)
-
-    def merge(self) -> None:
-        """Fold the adapters into the weights and take them off."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        for name, module in list(self.model.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                module.merge()
-                parent = self.model.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], module.get_base_layer())
-        self._set_naive(False)
-
-    def _set_naive(self, value: bool) -> None:
-        for module in self.model.modules():
-            if isinstance(module, MeteredFFN):
-                module.is_naive = value

@@ -22,7 +22,7 @@ def random_cache(num_rows, kv_heads, slots, head_dim, dtype, g):
     return keys, values, lengths.to(DEVICE), starts.to(DEVICE)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(
     st.integers(1, 3),
     st.sampled_from([(9, 3), (4, 4), (8, 1), (6, 2)]),

@@ -25,7 +25,7 @@ def random_experts(num_rows, num_experts, g):
     return torch.randint(-1, num_experts, (num_rows,), generator=g).to(DEVICE)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(
     st.sampled_from(FORMATS),
     st.sampled_from(sorted(TOLERANCE, key=str)),

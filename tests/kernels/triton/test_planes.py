@@ -31,7 +31,7 @@ def random_cache(num_rows, kv_heads, head_dim, groups, group, value_group, num_t
     return keys, values, *buffers, body.to(DEVICE), lengths.to(DEVICE)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 @given(
     st.integers(1, 3),
     st.integers(1, 4),
