@@ -178,12 +178,13 @@ def compare(found: list[dict[str, Any]]) -> Iterator[str]:
         dense = next((figures(one) for one in mine if one["asked"] == 1), {})
         free = sorted((one for one in mine if not one["held"]), key=lambda one: one["spent"])
         for held in (one for one in mine if one["held"]):
-            below = [one for one in free if one["spent"] <= held["spent"]] or free[:1]
-            above = [one for one in free if one["spent"] > held["spent"]]
-            if not above:
+            if len(free) < 2:
                 continue
-            low, high = below[-1], above[0]
+            place = min(max(sum(one["spent"] <= held["spent"] for one in free), 1), len(free) - 1)
+            low, high = free[place - 1], free[place]
             share = (held["spent"] - low["spent"]) / (high["spent"] - low["spent"])
+            if not -0.5 <= share <= 1.5:  # too far from both
+                continue
             for what, rows in figures(held).items():
                 table = (1 - share) * figures(low)[what] + share * figures(high)[what]
                 difference = rows - table

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from rheostat.adapted import Adapted
 from rheostat.cost import attended
 from rheostat.errors import SettingError
-from rheostat.methods import DynaMoE, Method
+from rheostat.methods import DynaMoE, Method, QuantSpec
 from rheostat.spending import current_spending, spend
 from tests.tiny import tiny_adapted, tiny_model, tiny_windows
 
@@ -323,3 +323,19 @@ def test_half_precision_runs_and_bills_two_bytes_a_weight(dtype):
     geometry = adapted.geometry
     assert dense.cost.bytes.ffn == 8 * geometry.num_layers * geometry.ffn_weights * 2
     assert dense.cost.bytes.head == 8 * geometry.head_weights * 2
+
+
+def test_a_model_is_adapted_once():
+    first = Adapted(tiny_model())
+    with pytest.raises(SettingError, match="model: is adapted already; detach it first"):
+        Adapted(first.model)
+    with spend(1.0) as meter:
+        Adapted(first.detach())(input_ids=tiny_windows(1))
+    assert meter.cost == meter.dense
+    assert meter.tokens == 32
+
+
+def test_an_empty_cache_of_the_callers_own_is_filled():
+    adapted, cache = Adapted(tiny_model(), QuantSpec(group_size=4, weight_group_size=8)), DynamicCache()
+    adapted.generate(tiny_windows(1, 8), past_key_values=cache, runtime="stock", **GREEDY)
+    assert cache.get_seq_length() == 8 + 7

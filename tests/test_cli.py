@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -12,9 +15,11 @@ from pathlib import Path
 import pytest
 
 import rheostat
-from rheostat import cli
+from rheostat import cli, terminal
 from rheostat.__main__ import main
 from rheostat.commands import info
+from rheostat.errors import SettingError
+from rheostat.folders import NOTICE
 
 
 @pytest.fixture
@@ -112,17 +117,60 @@ def test_a_reader_that_has_gone(broken, monkeypatch: pytest.MonkeyPatch):
     sys.stdout.close()
 
 
+def test_a_reader_of_tables_that_has_gone(monkeypatch: pytest.MonkeyPatch):
+    read, written = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", open(written, "w"))  # noqa: SIM115
+    monkeypatch.setattr(info, "run", lambda _: terminal.console().print("a table"))
+    gone = sys.stdout
+    assert main(["info", "m"]) == 141
+    sys.stdout.close()
+    with contextlib.suppress(BrokenPipeError):
+        gone.close()
+
+
+def test_streams_that_are_closed(broken, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    broken(SettingError("x=1: must be 2"))
+    assert main(["info", "m"]) == 2
+    assert main(["--help"]) == 0
+    for stream in (sys.stdout, sys.stderr):
+        stream.close()
+
+
+def test_sigterm_ends_a_command_as_an_error_does(monkeypatch: pytest.MonkeyPatch):
+    left = []
+
+    def run(_: object) -> dict:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            left.append("swept")
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        monkeypatch.setattr(info, "run", run)
+        assert main(["info", "m"]) == 143
+        assert left == ["swept"]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_what_we_log_is_shown_and_what_others_warn_of_is_not(capsys, monkeypatch: pytest.MonkeyPatch):
     def run(_: object) -> dict:
         logging.getLogger("rheostat.somewhere").warning("seen %d times", 2)
         logging.getLogger("rheostat.somewhere").info("nothing")
+        logging.getLogger("rheostat.somewhere").log(NOTICE, "brewing, once")
         warnings.warn("chatter")
         return {}
 
     monkeypatch.setattr(sys, "warnoptions", [])
     monkeypatch.setattr(info, "run", run)
     assert main(["info", "m"]) == 0
-    assert capsys.readouterr().err == "rheostat: warning: seen 2 times\n"
+    assert capsys.readouterr().err == "rheostat: warning: seen 2 times\nrheostat: brewing, once\n"
+    assert logging.getLogger("rheostat").level == logging.NOTSET
     assert not [h for h in logging.getLogger("rheostat").handlers if type(h).__module__ == "rheostat.__main__"]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rheostat.config import Common, add_flags, from_mapping, resolve, setting
-from rheostat.errors import SettingError
+from rheostat.errors import SettingError, bad_setting, check_text, renamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,43 @@ def test_flags_win_over_the_file(tmp_path: Path):
     assert config == Settings(model="m", rate=1e-3, compute=(0.5,), seed=4, settings={"k": 2, "ridge": 2e-4})
 
 
+def test_keys_of_a_file_may_be_the_names_of_flags(tmp_path: Path):
+    @dataclass(frozen=True, kw_only=True)
+    class Dashed(Settings):
+        max_new_tokens: int = setting(1, help="tokens")
+
+    values = {"model": "m", "set": {"k": 1}, "max-new-tokens": 3}
+    assert from_mapping(Dashed, values) == Dashed(model="m", settings={"k": 1}, max_new_tokens=3)
+    (tmp_path / "c.yaml").write_text("{model: m, set: {k: 1, j: 2}}")
+    assert parse("--config", str(tmp_path / "c.yaml"), "--set", "k=3").settings == {"k": 3, "j": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking(Common):
+    model: str = setting(help="the model", flag=False)
+    prompt: str | None = setting(None, help="what to answer", flag=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "found"),
+    [
+        ("model: m", ["Hi"], ("m", "Hi")),
+        ("model: m", ["n", "Hi"], ("n", "Hi")),
+        ("{model: m, prompt: p}", ["n"], ("n", "p")),
+        ("prompt: p", ["n"], ("n", "p")),
+        ("model: m", [], ("m", None)),
+        ("seed: 1", ["n", "Hi"], ("n", "Hi")),
+    ],
+)
+def test_arguments_are_those_that_the_file_does_not_give(tmp_path: Path, content, arguments, found):
+    (tmp_path / "c.yaml").write_text(content)
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Asking)
+    args = parser.parse_intermixed_args(["--config", str(tmp_path / "c.yaml"), *arguments])
+    config = resolve(Asking, args)
+    assert (config.model, config.prompt) == found
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -100,6 +137,10 @@ def test_flags_win_over_the_file(tmp_path: Path):
         ("model:", "model=None: must be given"),
         ("seed: 1", "model: must be given"),
         ("- a", "must be a YAML mapping"),
+        ("model: m\nrate: 1\nrate: 2", "rate is given twice, the second time in line 3"),
+        ("{model: m, settings: {k: 1, k: 2}}", "k is given twice"),
+        ("{model: m, set: {k: 1}, settings: {k: 1}}", "settings={'k': 1}: must be given once"),
+        ("{model: m, seed: -1}", "seed=-1: must be from 0 to 4294967295"),
         ("a: [", "not valid YAML"),
     ],
 )
@@ -121,7 +162,7 @@ def test_unreadable_files(tmp_path: Path):
 
 @pytest.mark.parametrize("pair", ["k", "=1", "k=[1"])
 def test_bad_pairs(pair: str):
-    with pytest.raises(SettingError, match="must be KEY=VALUE"):
+    with pytest.raises(SettingError, match=r"^set=.*must be KEY=VALUE"):
         parse("m", "--set", pair)
 
 
@@ -151,3 +192,18 @@ def test_help_shows_defaults():
     ):
         assert wanted in text
     assert "None" not in text
+
+
+def test_an_error_speaks_of_the_name_that_was_given():
+    with pytest.raises(SettingError, match="^draft_risk=2: must be less than 1=one$"), renamed(risk="draft_risk"):
+        raise bad_setting("risk", 2, "less than 1=one")
+    with pytest.raises(SettingError, match="^other=2: must"), renamed(risk="draft_risk"):
+        raise bad_setting("other", 2, "less")
+    with pytest.raises(SettingError, match="^risk$"), renamed(risk="draft_risk"):
+        raise SettingError("risk")
+
+
+def test_half_a_surrogate_pair_is_no_text():
+    check_text("Zürich 🏔")
+    with pytest.raises(SettingError, match="prompt: must be Unicode text"):
+        check_text("half \ud83d")

@@ -107,3 +107,9 @@ def test_a_profile_of_layers_survives_and_is_checked():
     for bad in ((shares[0],), ((1.0, 1.0), (0.5,)), ((1.0, 1.0), (0.5, 1.5)), ((1.0, 1.0), (0.5, float("nan")))):
         with pytest.raises(SettingError, match="dial: the profile of m must have one row of shares for each compute"):
             replace(one, profile={"m": bad})
+
+
+def test_between_equal_settings_is_exactly_that_setting():
+    """A step a hair above another would count as the next one."""
+    dial = Dial(compute=(1.0, 0.7, 0.5, 0.3), settings={"steps": (0.0, 15.0, 15.0, 18.0)})
+    assert {dial.native(0.7 - 0.002 * i)["steps"] for i in range(100)} == {15.0}

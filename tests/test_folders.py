@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rheostat.errors import SettingError
-from rheostat.folders import check_output, whole_folder
+from rheostat.folders import cache_folder, check_output, whole_folder
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -201,3 +201,16 @@ def test_where_files_join_a_folder_it_is_the_one_that_must_be_writable(tmp_path,
         check_output(path, overwrite=True, is_replaced=False)
     monkeypatch.setattr(os, "access", lambda found, mode: Path(found) == path)
     check_output(path, overwrite=True, is_replaced=False)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    monkeypatch.delenv("RHEOSTAT_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(SettingError, match=r"RHEOSTAT_CACHE=None: must be a folder that can be written: there is no"):
+        cache_folder()
+    monkeypatch.setenv("RHEOSTAT_CACHE", "/somewhere")
+    assert cache_folder() == Path("/somewhere")

@@ -20,7 +20,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "rheostat"
 
 LAYERS = (
     ("errors",),
-    ("geometry", "config", "folders", "provenance", "processes", "terminal", "checkpoints", "skeleton"),
+    ("columns", "geometry", "config", "folders", "provenance", "processes", "checkpoints", "skeleton"),
+    ("terminal",),
     ("report.*",),
     ("digests", "wording"),
     ("cost",),

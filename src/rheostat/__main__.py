@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from types import FrameType
 
 from rheostat import cli, processes
 from rheostat.errors import SettingError
+from rheostat.folders import NOTICE
 
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -26,15 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0, 2 for what the user can mend, 130 after an interrupt, 1 for our own faults.
+        The exit status: 0, 2 for what the user can mend, 130 after an interrupt, 143 after SIGTERM, 1 for our own
+        faults.
     """
+    _open_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
-        with _own_words(), _one_voice():
-            return cli.run(arguments)
-    except SystemExit as request:  # argparse ends --help with it
+        with _terminable(), _own_words(), _one_voice():
+            status = cli.run(arguments)
+            sys.stdout.flush()  # here, where a reader that has gone is no fault
+            return status
+    except SystemExit as request:  # argparse ends --help with it, SIGTERM a command
         return int(request.code or 0)
     except SettingError as error:
         return _say(f"error: {_one_line(error)}", 2)
@@ -61,11 +69,36 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def _open_streams() -> None:
+    """Streams that the caller closed (`>&-`) are None; what is written to them goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (for as long as the process lives)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a command as an error does: temporary folders and child processes end with it."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class _Lines(logging.Handler):
     """Log records as lines of ours, on standard error as it is at that moment (progress bars replace it)."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"rheostat: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        print(f"rheostat: {level}{record.getMessage()}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -74,8 +107,10 @@ def _own_words() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    logger, handler = logging.getLogger("rheostat"), _Lines(logging.WARNING)
+    logger, handler = logging.getLogger("rheostat"), _Lines(NOTICE)
+    before = logger.level
     logger.addHandler(handler)
+    logger.setLevel(min(logger.getEffectiveLevel(), NOTICE))
     try:
         with warnings.catch_warnings():
             if not sys.warnoptions:
@@ -83,6 +118,7 @@ def _own_words() -> Iterator[None]:
             yield
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 @contextmanager

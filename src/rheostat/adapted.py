@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rheostat.dial import Dial
-from rheostat.errors import bad_setting
+from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
 from rheostat.holding import Account, Table
 from rheostat.kernels import library
@@ -24,6 +24,7 @@ from rheostat.speculate.drafter import Drafter, Host
 from rheostat.spending import (
     Compute,
     current_spending,
+    has_dial,
     register_dial,
     spend,
     unregister_dial,
@@ -57,11 +58,13 @@ class Adapted(nn.Module):
         """Attach `method` (the plain model when left out) to `model`, in place.
 
         Raises:
-            SettingError: the method refuses the model.
+            SettingError: the method refuses the model, or it is adapted already.
         """
         super().__init__()
         self.method = method or Method()
         self.method.check(model)
+        if has_dial(model):
+            raise SettingError("model: is adapted already; detach it first: with two, every pass would be billed twice")
         self.geometry = Geometry.from_config(model.config)
         self.method.attach(model)
         self.model = model
@@ -180,7 +183,7 @@ class Adapted(nn.Module):
                 return generate(self.model, native, self.settings, self.account, args, kwargs)
         except Unsupported as reason:
             refuse(runtime, reason)
-        if "cache" in self.method.acts_at() and not any(kwargs.get(name) for name in OWN_CACHE):
+        if "cache" in self.method.acts_at() and all(kwargs.get(name) is None for name in OWN_CACHE):
             kwargs = kwargs | {"past_key_values": self.method.make_cache(self.model)}
         return self.model.generate(*args, **kwargs)
 

@@ -20,6 +20,10 @@ EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 """Numbers that YAML 1.1 takes for text."""
 
 
+HIGHEST_SEED = 2**32 - 1
+"""Of those that all generators below us take."""
+
+
 def setting(default: Any = MISSING, *, help: str, flag: bool | str = True) -> Any:
     """A field of a command's configuration: its default and its one line of help.
 
@@ -41,6 +45,10 @@ class Common:
     dtype: str = setting("float32", help="float32, bfloat16 or float16")
     json: bool = setting(False, help="make the last line of output one JSON object with every figure")
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= HIGHEST_SEED:
+            raise bad_setting("seed", self.seed, f"from 0 to {HIGHEST_SEED}")
+
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
     """A flag or positional argument for each field of `cls`, and --config; all of them may be left out."""
@@ -54,7 +62,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
             nargs = "*" if is_many else "?"
             parser.add_argument(one.name, type=kind, nargs=nargs, help=text, metavar=one.name.upper())
             continue
-        name = flag if isinstance(flag, str) else "--" + one.name.replace("_", "-")
+        name = _flag_name(one)
         if kind is bool:
             parser.add_argument(name, dest=one.name, action=argparse.BooleanOptionalAction, default=None, help=text)
         elif is_many:
@@ -75,14 +83,15 @@ def resolve(cls: type[C], args: argparse.Namespace) -> C:
     values: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     if getattr(args, "config", None):
-        values |= read_yaml(args.config)
+        values |= _by_field(cls, read_yaml(args.config))
+    _shift_positionals(cls, args, values)
     for one in fields(cls):  # type: ignore[arg-type]
         given = getattr(args, one.name, None)
         if given is None or given == []:  # argparse's word for no positional arguments
             continue
         if isinstance(given, list) and typing.get_origin(hints[one.name]) is Mapping:
             before = _convert(one.name, values.get(one.name, {}), hints[one.name])
-            values[one.name] = before | dict(_pair(one.name, text) for text in given)
+            values[one.name] = before | dict(_pair(_flag_name(one)[2:], text) for text in given)
         else:
             values[one.name] = given
     return from_mapping(cls, values)
@@ -91,10 +100,12 @@ def resolve(cls: type[C], args: argparse.Namespace) -> C:
 def from_mapping(cls: type[C], values: Mapping[str, Any], prefix: str = "") -> C:
     """An instance of the dataclass `cls` from plain types, checked. Errors put `prefix` before each name.
 
+    A key is the name of a field, or of its flag without the leading dashes.
+
     Raises:
         SettingError: a key is unknown, a required one is missing, or a value has the wrong type.
     """
-    hints = typing.get_type_hints(cls)
+    hints, values = typing.get_type_hints(cls), _by_field(cls, values, prefix)
     known = {one.name: one for one in fields(cls)}  # type: ignore[arg-type]
     for key, value in values.items():
         if key not in known:
@@ -103,6 +114,39 @@ def from_mapping(cls: type[C], values: Mapping[str, Any], prefix: str = "") -> C
         if name not in values and one.default is MISSING and one.default_factory is MISSING:
             raise SettingError(f"{prefix}{name}: must be given ({one.metadata['help']})")
     return cls(**{key: _convert(f"{prefix}{key}", value, hints[key]) for key, value in values.items()})
+
+
+def _by_field(cls: type, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`values` under the names of the fields, where a key may be a flag's name; unknown ones as they are."""
+    known = {one.name for one in fields(cls)}
+    aliases = {_flag_name(one)[2:]: one.name for one in fields(cls)}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key if key in known else aliases.get(key, key)
+        if name in found:
+            raise bad_setting(f"{prefix}{key}", value, f"given once; {name} is the same setting")
+        found[name] = value
+    return found
+
+
+def _shift_positionals(cls: type, args: argparse.Namespace, values: Mapping[str, Any]) -> None:
+    """Where a file gives some positional arguments, those on the command line may be the others alone."""
+    hints = typing.get_type_hints(cls)
+    names = [
+        one.name for one in fields(cls) if not one.metadata.get("flag", True) and not _flag_type(hints[one.name])[1]
+    ]
+    given = [getattr(args, name, None) for name in names]
+    texts = [text for text in given if text is not None]
+    missing = [name for name in names if name not in values]
+    if not missing or len(texts) != len(missing):
+        return
+    for name in names:
+        setattr(args, name, texts.pop(0) if name in missing else None)
+
+
+def _flag_name(one: Field[Any]) -> str:
+    flag = one.metadata.get("flag", True)
+    return flag if isinstance(flag, str) else "--" + one.name.replace("_", "-")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -133,7 +177,15 @@ def _plain(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise yaml.YAMLError(
+                        f"{key.value} is given twice, the second time in line {key.start_mark.line + 1}"
+                    )
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            return super().construct_mapping(node, deep)
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
     try:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from rheostat.checkpoints import SOURCES, check_weights, ensure_pad_token, one_line, reading
 from rheostat.errors import bad_setting
-from rheostat.folders import cache_folder
+from rheostat.folders import NOTICE, cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def _is_intact(folder: Path, digest: str) -> bool:
 
 
 def _add_to_cache(path: Path, digest: str, folder: Path) -> None:
-    logger.info("converting %s, once, to %s", path.name, folder)
+    logger.log(NOTICE, "converting %s, once; the copy goes to %s", path.name, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, because a rename cannot cross file systems; removed on any exit.

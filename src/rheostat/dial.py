@@ -110,5 +110,7 @@ def _allowed(low: float) -> str:
 
 
 def _between(a: float, b: float, share: float) -> float:
-    """Geometric interpolation, linear where one end is 0."""
+    """Geometric interpolation, linear where one end is 0; between equals exactly that, for methods with steps."""
+    if a == b:
+        return a
     return a + (b - a) * share if a <= 0 or b <= 0 else math.exp(math.log(a) * (1 - share) + math.log(b) * share)

@@ -84,6 +84,13 @@ def head(model: Any) -> nn.Module:
     return model.get_output_embeddings()
 
 
+def logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [..., V] of the last hidden states [..., D], as the model's own `forward` makes them; no hook runs."""
+    scores = nn.functional.linear(hidden, head(model).weight)  # type: ignore[arg-type]
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return scores if cap is None else cap * torch.tanh(scores / cap)
+
+
 def pre_norm(model: Any, layer: nn.Module) -> nn.Module:
     """The norm before the MLP; its input is the residual stream that the MLP's output joins."""
     return getattr(layer, family_of(model).pre_norm)
@@ -297,6 +304,20 @@ def plain_state_dict(model: Any) -> dict[str, torch.Tensor]:
 def _host_mlp_type(model: Any) -> type:
     mlp = layers(model)[0].mlp
     return type(getattr(mlp, "host", mlp))
+
+
+PER_LAYER = ("layer_types", "no_rope_layers")
+"""Lists in a configuration that have an entry for each layer."""
+
+
+def config_of_layers(config: Any, kept: Sequence[int]) -> Any:
+    """A copy of the configuration for a model of these layers alone."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = len(kept)
+    for name in PER_LAYER:
+        if values := getattr(config, name, None):
+            setattr(config, name, [values[layer] for layer in kept])
+    return config
 
 
 def slice_ffns(

@@ -15,13 +15,25 @@ from rheostat.errors import SettingError, bad_setting
 OURS = ("config.json", "rheostat.json")
 """A folder with one of these may be replaced: what is lost there is a model that somebody asked to overwrite."""
 
+NOTICE = 25
+"""Level of the log records about work that is done once and kept in the cache. Commands show them: it takes a while."""
+
 
 def cache_folder() -> Path:
-    """Where converted copies go: `$RHEOSTAT_CACHE`, else `rheostat` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if folder := os.environ.get("RHEOSTAT_CACHE"):
-        return Path(folder).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "rheostat"
+    """Where converted copies go: `$RHEOSTAT_CACHE`, else `rheostat` in `$XDG_CACHE_HOME` or `~/.cache`.
+
+    Raises:
+        SettingError: none of the three can be had.
+    """
+    folder, base = os.environ.get("RHEOSTAT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if folder:
+            return Path(folder).expanduser()
+        return (Path(base) if base else Path.home() / ".cache") / "rheostat"
+    except RuntimeError:  # as some containers run: a user of whom the system knows nothing
+        raise bad_setting(
+            "RHEOSTAT_CACHE", folder, "a folder that can be written: there is no home directory"
+        ) from None
 
 
 def check_output(path: str | Path, *, overwrite: bool, needed_bytes: int = 0, is_replaced: bool = True) -> Path:
@@ -62,7 +74,9 @@ def _check_place(path: Path, needed_bytes: int, is_replaced: bool) -> None:
     if not parent.is_dir():
         raise bad_setting("out", str(path), f"in a folder, and {parent} is a file")
     if not os.access(parent, os.W_OK):
-        where = "a folder that can be written" if parent == path else f"in a folder that can be written; {parent} cannot"
+        where = (
+            "a folder that can be written" if parent == path else f"in a folder that can be written; {parent} cannot"
+        )
         raise bad_setting("out", str(path), where)
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:

@@ -381,7 +381,8 @@ class Reading:
                 past.book(*ends)
             else:
                 tokens, logits = float(self.totals[row, -1]), float(self.logits[row, -1])
-                past.prompt = Begun(*self._after[row], tokens, logits)
+                saved_by, expected_by = self._after[row].copy()
+                past.prompt = Begun(saved_by, expected_by, tokens, logits)
 
 
 def _free(table: Table, past: Past | None, compute: float) -> float:

@@ -144,8 +144,8 @@ class Meter:
 
     @property
     def ffn_fraction(self) -> float:
-        """Mean FFN width over tokens and layers, as a fraction of the full width."""
-        full = self.dense.flops.ffn
+        """Mean FFN width over layers and the tokens that the model itself ran on, as a fraction of the full width."""
+        full = self.dense.flops.ffn - self._spared
         return self.cost.flops.ffn / full if full else 1.0
 
     @property
@@ -176,6 +176,8 @@ class Meter:
 
     side_bytes: dict[str, int] = field(default_factory=dict, repr=False)
     """Bytes charged to side passes, by the part that they would have been: 4-bit weights save a share of them."""
+    _spared: int = field(default=0, repr=False)
+    """FLOPs of FFNs on tokens that side passes took in: no FFN was narrower for it."""
     _charged: str | None = field(default=None, repr=False)
     _is_checking: bool = field(default=False, repr=False)
     _sizes: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
@@ -271,6 +273,7 @@ class Meter:
         for part in PARTS:
             flops, num_bytes = getattr(dense.flops, part), getattr(dense.bytes, part)
             self.add(part, 0, 0, flops, num_bytes)
+        self._spared += dense.flops.ffn
 
     def widths(self, channels: torch.Tensor | int) -> None:
         """FFN channels [B, T] that one layer (or all unrouted layers together) computed for each token of this pass."""

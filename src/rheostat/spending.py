@@ -193,6 +193,11 @@ def register_dial(model: nn.Module, resolve: Resolve) -> None:
     _resolvers[model] = WeakMethod(resolve)
 
 
+def has_dial(model: nn.Module) -> bool:
+    """Whether `model` has one: it is adapted."""
+    return model in _resolvers
+
+
 def unregister_dial(model: nn.Module) -> None:
     """`model` has no dial any more."""
     _resolvers.pop(model, None)

@@ -11,7 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rheostat.columns import in_parts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,10 +76,24 @@ def legend(low: float) -> str:
 def console(stream: TextIO | None = None) -> Console:
     """A console on standard output (or `stream`), wide enough for tables also when that is no terminal."""
     from rich.console import Console
+    from rich.table import Table
+
+    class Ours(Console):
+        """Tables keep their numbers whole, and a reader that has gone is the error that it is to Python."""
+
+        def print(self, *objects: Any, **options: Any) -> None:
+            if len(objects) == 1 and isinstance(objects[0], Table):
+                for part in in_parts(objects[0], self.width):
+                    super().print(part, **options)
+            else:
+                super().print(*objects, **options)
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would end the process with status 1
 
     stream = stream or sys.stdout
     width = None if stream.isatty() or os.environ.get("COLUMNS") else PLAIN_WIDTH
-    return Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
+    return Ours(file=stream, highlight=False, markup=False, emoji=False, width=width)
 
 
 # -- numbers

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rheostat import kernels
 from rheostat.__main__ import main
 
 TINY_FIT = ("--fit", "windows=8", "--fit", "length=64", "--fit", "dial_windows=4")
@@ -32,6 +33,12 @@ class Done:
 
 
 Rheostat = Callable[..., Done]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled() -> None:
+    """Commands say that kernels are compiled, where that has still to be done."""
+    kernels.library()
 
 
 @pytest.fixture
@@ -60,6 +67,14 @@ def refused(rheostat: Rheostat) -> Callable[..., str]:
         return done.err
 
     return call
+
+
+@pytest.fixture
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of a report are laid out and written but not painted, which takes seconds: for tests of what else it
+    holds."""
+    monkeypatch.setattr("rheostat.report.writing.png", lambda figure: b"")
+    monkeypatch.setattr("rheostat.report.page.svg", lambda figure, name, label: f"<svg id={name!r}></svg>")
 
 
 @pytest.fixture(scope="session")

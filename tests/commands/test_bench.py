@@ -16,7 +16,8 @@ ALONE = ("--no-memory", "--no-llama")
 def crumbs(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A roof measured on next to nothing, kept in a folder of the test's own."""
     monkeypatch.setattr(roof_module, "CPU", Sizes(block_bytes=1 << 16, width=64, smallest=32, largest=64, repeats=1))
-    monkeypatch.setenv("RHEOSTAT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    cache = tmp_path_factory.mktemp("cache")  # not by RHEOSTAT_CACHE: native code would be compiled anew
+    monkeypatch.setattr(roof_module, "cache_folder", lambda: cache)
 
 
 def test_tables_and_figures(rheostat, dial_folder: Path, tiny_text: Path, tmp_path: Path):
@@ -58,6 +59,7 @@ def test_tables_and_figures(rheostat, dial_folder: Path, tiny_text: Path, tmp_pa
     assert "prompt 16, batch 2: done" in done.err
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_times_join_the_report_of_the_same_model(rheostat, dial_folder, tiny_text, tmp_path, monkeypatch):
     measured = ("eval", dial_folder, "--compute", "0.9", "--data", tiny_text, "--windows", 2, "--length", 64)
     assert rheostat(*measured, "--out", tmp_path).status == 0
@@ -76,6 +78,7 @@ def test_times_join_the_report_of_the_same_model(rheostat, dial_folder, tiny_tex
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unpainted")
 def test_drafts_in_tables_figures_and_report(rheostat, dial_folder, tiny_text, tmp_path):
     measured = ("eval", dial_folder, "--compute", "1.0", "--data", tiny_text, "--windows", 2, "--length", 64)
     assert rheostat(*measured, "--out", tmp_path).status == 0

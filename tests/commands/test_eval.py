@@ -61,6 +61,7 @@ def test_table_report_and_picture(rheostat, dial_folder: Path, tiny_text: Path, 
     assert "other: baselines: done" in done.err
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_the_card_of_the_artifact_shows_the_figures(rheostat, dial_folder: Path, tiny_text: Path, tmp_path: Path):
     folder = tmp_path / "copy"
     shutil.copytree(dial_folder, folder)
@@ -77,6 +78,7 @@ def test_the_card_of_the_artifact_shows_the_figures(rheostat, dial_folder: Path,
     assert "model card" not in rheostat(*arguments, "--out", tmp_path / "elsewhere").out
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_what_another_command_measured_stays_in_the_report(
     rheostat, dial_folder: Path, tiny_text: Path, tmp_path: Path
 ):

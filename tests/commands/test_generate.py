@@ -7,6 +7,7 @@ import torch
 
 import rheostat as api
 from rheostat import terminal
+from rheostat.commands.writer import Writer
 from tests.conftest import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -145,7 +146,7 @@ def test_the_chat_template_is_used_where_there_is_one(rheostat, refused, tiny_mo
         (["Hi", "--compute", "nan"], "compute=nan: must be between"),
         (["Hi", "--compute", "1.5"], "compute=1.5: must be between"),
         (["Hi", "--compute", "1.0,0.01"], "compute=0.01: must be between"),
-        (["Hi", "--decode-compute", "0.01"], "compute=0.01: must be between"),
+        (["Hi", "--decode-compute", "0.01"], "error: decode_compute=0.01: must be between"),
         (["Hi", "--compute", "low"], "must be of type float"),
         (["Hi", "--compute", ","], "compute=(): must be at least one number"),
         (["Hi", "--max-new-tokens", "0"], "max_new_tokens=0: must be 1 or more"),
@@ -153,6 +154,10 @@ def test_the_chat_template_is_used_where_there_is_one(rheostat, refused, tiny_mo
             ["Hi", "--max-new-tokens", "255"],
             "max_new_tokens=255: must be at most 254: this model reads 256 tokens",
         ),
+        (["x" * 300, "--max-new-tokens", "2"], "error: prompt of 300 tokens: must be at most 255"),
+        (["Hi", "--prefill-compute", "2"], "error: prefill_compute=2.0: must be between"),
+        (["Hi", "--seed", "99999999999999999999999"], "seed=99999999999999999999999: must be from 0 to 4294967295"),
+        (["half \udcff"], "prompt: must be Unicode text in UTF-8"),
         (["Hi", "--temperature", "-1"], "temperature=-1.0: must be 0 or more"),
         (["Hi", "--top-p", "0"], "top_p=0.0: must be above 0"),
         ([""], "prompt='': must be at least one token"),
@@ -166,6 +171,21 @@ def test_bad_settings(refused, dial_folder: Path, arguments: list[str], message:
 
 def test_a_missing_model(refused, tmp_path: Path):
     assert "model=" in refused("generate", tmp_path / "none", "Hi")
+
+
+def test_an_interrupt_leaves_the_line_and_shows_the_bill_so_far(rheostat, dial_folder: Path, monkeypatch):
+    push = Writer.push
+
+    def interrupted(self: Writer, token_id: int, fraction: float) -> None:
+        if len(self.token_ids) == 3:
+            raise KeyboardInterrupt
+        push(self, token_id, fraction)
+
+    monkeypatch.setattr(Writer, "push", interrupted)
+    done = rheostat("generate", dial_folder, "Hello", "--max-new-tokens", 9, "--compute", "1.0,0.8")
+    assert (done.status, done.err) == (130, "rheostat: interrupted\n")
+    assert done.out.count("tokens   5 in") == 1  # the second answer was not begun
+    assert "\n\ntokens   5 in" in done.out
 
 
 PLAIN = "a plain model"
@@ -195,15 +215,17 @@ def test_a_draft_writes_the_same_answer_and_says_how_it_went(rheostat, dial_fold
     ("arguments", "message"),
     [
         (("--draft", "magic"), "draft='magic': must be one of"),
-        (("--draft", "self"), "has no draft of its own"),
+        (("--draft", "self"), "error: draft='self': must be another drafter: dynamoe has no draft of its own"),
         (("--draft", "prompt_lookup", "--draft-length", 0), "draft_length=0"),
         (
             ("--draft", "prompt_lookup", "--draft-length", 65),
             "draft_length=65: must be an integer from 1 to 64, or auto",
         ),
         (("--draft", "prompt_lookup", "--draft-length", "some"), "draft_length='some'"),
-        (("--draft", "no/such/model"), "no/such/model"),
-        (("--draft", "prompt_lookup", "--draft-risk", 0), "risk=0"),
+        (("--draft", "no/such/model"), "error: draft='no/such/model'"),
+        (("--draft", "prompt_lookup", "--draft-risk", 0), "error: draft_risk=0"),
+        (("--draft", "prompt_lookup", "--draft-length=--5"), "draft_length='--5': must be an integer from 1 to 64"),
+        (("--draft", "prompt_lookup", "--draft-length", "²"), "draft_length='²': must be an integer from 1 to 64"),
     ],
 )
 def test_a_bad_draft_names_itself(rheostat, dial_folder: Path, arguments, message):

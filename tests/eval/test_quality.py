@@ -11,7 +11,7 @@ import torch
 from rheostat.adapted import Adapted
 from rheostat.errors import SettingError
 from rheostat.eval.quality import Run, decode_bytes, evaluate
-from rheostat.methods import KVPrediction
+from rheostat.methods import Chain, DynaMoE, KVPrediction
 from rheostat.spending import current_spending, spend
 from tests.tiny import tiny_adapted, tiny_fitted, tiny_model, tiny_windows
 
@@ -141,3 +141,16 @@ def test_a_method_that_reads_prompts_is_scored_on_what_follows_them():
     assert dense.compute == 1.0
     assert cheap.compute < 0.95  # the answer is dense
     assert cheap.loss != dense.loss
+
+
+def test_a_chain_of_both_is_profiled_where_the_model_itself_read():
+    methods = [KVPrediction(depths=(2,)), DynaMoE(tile=4, router_width=8, router_steps=0)]
+    adapted, meters = Adapted(tiny_model(layers=4), Chain(methods)), {}
+    runs = [Run(label="read ahead", native={"kv_prediction": 2.0}), Run(label="whole")]
+    evaluate(adapted, tiny_windows(4), runs, meters=meters)
+    meter = meters["read ahead"]
+    assert [rows.tolist() for rows in meter.position_rows.values()] == [[0] * 23 + [4] * 8] * 4
+    places = meter.use()["positions"]["width"]
+    assert [row[:23] + row[31:] for row in places] == [[0.0] * 23] * 4
+    assert all(width == 1.0 for row in places for width in row[23:31])
+    assert meters["whole"].use()["positions"]["width"] == [[1.0] * 31] * 4

@@ -3,7 +3,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from rheostat import kernels
 from rheostat.errors import SettingError
+from rheostat.folders import NOTICE
 from rheostat.kernels import build
 
 needs_compiler = pytest.mark.skipif(kernels.library() is None, reason="no compiler")
@@ -85,6 +88,95 @@ def test_a_compiler_that_fails_leaves_nothing_behind(monkeypatch, tmp_path):
     assert list((tmp_path / "kernels").iterdir()) == []
 
 
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[[str], Path]:
+    """Makes a compiler of a shell script."""
+
+    def write(body: str) -> Path:
+        path = tmp_path / "compiler"
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+        return path
+
+    return write
+
+
+def test_a_compiler_may_have_arguments(monkeypatch, tmp_path, script, caplog):
+    """The script makes the file that it is told to (the last argument) and puts its first argument into it."""
+    compiler = script('[ "$2" = --version ] && exit; eval "echo $1 > \\"\\${$#}\\""')
+    monkeypatch.setenv("CXX", f"'{compiler}' --quick")
+    caplog.set_level(NOTICE)
+    assert build.build("portable", tmp_path / "cache").read_text() == "--quick\n"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"compiling native kernels for this machine, once; they go to {tmp_path / 'cache' / 'kernels'}"
+    ]
+    build.build("portable", tmp_path / "cache")
+    assert len(caplog.records) == 1
+    monkeypatch.setenv("CXX", "no-such-compiler -x")
+    with pytest.raises(
+        SettingError, match="^CXX='no-such-compiler -x': must be a command that is on the path, or unset"
+    ):
+        build.find_compiler()
+    monkeypatch.setenv("CXX", "g++ 'half")
+    with pytest.raises(SettingError, match=r'CXX="g\+\+ .half": must be a command'):
+        build.find_compiler()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with pytest.raises(SettingError, match="^CXX: must be set to a C\\+\\+ compiler"):
+        build.find_compiler()
+
+
+def test_a_build_that_is_broken_off_takes_the_compiler_along(monkeypatch, tmp_path, script):
+    note = tmp_path / "child"
+    monkeypatch.setenv("CXX", str(script(f'[ "$1" = --version ] && exit\nsleep 300 &\necho $! > {note}\nwait')))
+    build.digest(build.find_compiler(), [])  # asks for the version, with more time
+    monkeypatch.setattr(build, "TIMEOUT_SECONDS", 1)
+    with pytest.raises(subprocess.TimeoutExpired):
+        build.build("portable", tmp_path)
+    assert list((tmp_path / "kernels").iterdir()) == []
+    child = Path(f"/proc/{note.read_text().strip()}/stat")
+    for _ in range(50):
+        if not child.exists() or child.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("the compiler's child still runs")
+
+
+def test_what_killed_builds_left_is_swept(monkeypatch, tmp_path):
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    for name, age in ((".a.so.old", 7200), (".a.so.new", 60), ("a.so", 7200)):
+        (folder / name).touch()
+        os.utime(folder / name, (time.time() - age,) * 2)
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(SettingError):
+        build.build("portable", tmp_path)
+    assert sorted(os.listdir(folder)) == [".a.so.new", "a.so"]
+
+
+@pytest.mark.parametrize("home", [True, False])
+def test_without_a_cache_the_kernels_are_built_for_this_process(monkeypatch, tmp_path, caplog, home):
+    """Compilation stands aside: what is loaded is a name."""
+    (tmp_path / "file").touch()
+    if home:
+        monkeypatch.setenv("RHEOSTAT_CACHE", str(tmp_path / "file"))
+    else:
+        monkeypatch.setattr(build, "cache_folder", lambda: (_ for _ in ()).throw(SettingError("RHEOSTAT_CACHE=None")))
+    built = []
+    monkeypatch.setattr(build, "_compile", lambda command: (built.append(Path(command[-1])), (0, ""))[1])
+    monkeypatch.setattr(build, "load", lambda path: path if path.is_file() else None)
+    build._library.cache_clear()
+    try:
+        found = build._library("portable")
+    finally:
+        build._library.cache_clear()
+    assert isinstance(found, Path)
+    assert len(built) == 1
+    assert not found.parent.exists()  # nothing stays
+    (record,) = caplog.records
+    assert "native kernels are compiled anew for each process: RHEOSTAT_CACHE=" in record.getMessage()
+
+
 def test_the_name_changes_with_what_is_compiled():
     compiler = build.find_compiler()
     assert build.digest(compiler, ["-O2"]) != build.digest(compiler, ["-O3"])
@@ -137,7 +229,7 @@ def test_no_byte_outside_is_touched(level, tmp_path):
     flags = [flag for flag in build.FLAGS if flag not in ("-shared", "-O3")]
     checks = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{build.NATIVE}"]
     source = str(Path(__file__).with_name("sanitised.cpp"))
-    command = [build.find_compiler(), *flags, *checks, *build.LEVELS[level].split(), source, "-o", str(program)]
+    command = [*build.find_compiler(), *flags, *checks, *build.LEVELS[level].split(), source, "-o", str(program)]
     made = subprocess.run(command, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-2000:]
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=240)
@@ -150,6 +242,6 @@ def test_shares_follow_the_speed_of_the_threads(tmp_path):
     program = tmp_path / "balance"
     source = str(Path(__file__).with_name("balance.cpp"))
     flags = ["-std=c++17", "-O1", "-pthread", "-Wno-psabi", f"-I{build.NATIVE}"]
-    subprocess.run([build.find_compiler(), *flags, source, "-o", str(program)], check=True, timeout=240)
+    subprocess.run([*build.find_compiler(), *flags, source, "-o", str(program)], check=True, timeout=240)
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "all done", done.stderr

@@ -15,7 +15,7 @@ from rheostat.kernels.packed import CMatrix
 try:
     COMPILER = build.find_compiler()
 except SettingError:
-    COMPILER = ""
+    COMPILER = ()
 
 STRUCTURES = [
     CMatrix,
@@ -50,7 +50,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     lines += assertions(Drifted, "Router", "drifted ")
     source = tmp_path_factory.mktemp("layout") / "layout.cpp"
     source.write_text("\n".join(lines))
-    command = [COMPILER, "-std=c++17", "-fsyntax-only", "-w", str(source)]
+    command = [*COMPILER, "-std=c++17", "-fsyntax-only", "-w", str(source)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     return [line for line in done.stderr.splitlines() if "error" in line]
 

@@ -10,8 +10,8 @@ import torch
 
 from rheostat.adapted import Adapted
 from rheostat.errors import SettingError
-from rheostat.methods import Chain, DynaMoE, Method, make_method
-from tests.tiny import tiny_model, tiny_windows
+from rheostat.methods import Chain, DynaMoE, Method, QuantSpec, make_method
+from tests.tiny import SMOLLM2, tiny_model, tiny_windows
 
 CALLS: list[str] = []
 
@@ -141,3 +141,25 @@ def test_settings_survive_plain_types():
     assert make_method(chain.to_dict()) == chain
     with pytest.raises(SettingError, match="chain.nonsense=1: must be one of the settings"):
         make_method(chain.to_dict() | {"nonsense": 1})
+
+
+def test_what_says_nothing_of_training_leaves_it_to_the_others():
+    chain, one = Chain([DynaMoE(tile=4, trained="routers"), Noted()]), DynaMoE(tile=4, trained="routers")
+    adapted = Adapted(tiny_model(), chain)
+    assert chain.trainable(adapted.model) == one.trainable(adapted.model)
+    assert all(".router." in name for name in chain.trainable(adapted.model))
+    _, parts = chain.loss(adapted.model, {"input_ids": tiny_windows(1)})
+    assert {name.partition(".")[0] for name in parts} == {"dynamoe"}
+    plain = Chain([Noted()])
+    assert plain.trainable(tiny_model()) == Method().trainable(tiny_model())
+
+
+def test_a_cache_saves_as_much_in_a_chain_as_alone():
+    cache = QuantSpec()
+    about = {"num_tokens": 1, "past": 4096}
+    assert Chain([cache]).cost(SMOLLM2, **about) == cache.cost(SMOLLM2, **about)
+    saved = Method().cost(SMOLLM2, **about).bytes.total - cache.cost(SMOLLM2, **about).bytes.total
+    alone = DynaMoE().cost(SMOLLM2, compute=0.8, **about)
+    both = Chain([DynaMoE(), cache]).cost(SMOLLM2, compute=0.8, **about)
+    assert alone.bytes.total - both.bytes.total == saved > 0
+    assert both.flops == alone.flops

@@ -132,3 +132,30 @@ def test_the_real_model_drafts_for_itself():
         with spend() as meter:
             assert torch.equal(adapted.generate(**prompt, **settings, speculate=name), wanted)
         assert meter.speculation.acceptance > least
+
+
+def test_generation_settings_that_the_loop_cannot_follow_are_refused():
+    adapted = Adapted(tiny_model())
+    given = GIVEN | {"speculate": "prompt_lookup", "eos_token_id": None}
+    wanted = adapted.generate(**given)
+    adapted.generation_config.min_p = 0.2  # of no meaning where nothing is drawn
+    assert torch.equal(adapted.generate(**given), wanted)
+    with pytest.raises(SettingError, match=r"generation_config.min_p=0.2: must be 0.0 with speculate"):
+        adapted.generate(**given | {"do_sample": True})
+    adapted.generation_config.repetition_penalty = 1.3
+    with pytest.raises(SettingError, match=r"generation_config.repetition_penalty=1.3: must be 1.0 with speculate"):
+        adapted.generate(**given)
+    assert torch.equal(adapted.generate(**given, repetition_penalty=1.0), wanted)
+    with pytest.raises(SettingError, match="repetition_penalty: has no meaning with speculate"):
+        adapted.generate(**given, repetition_penalty=1.3)
+
+
+def test_stop_strings_of_the_generation_settings_stop():
+    adapted, tokenizer = Adapted(tiny_model("qwen3")), byte_tokenizer()
+    one = {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in GIVEN.items()}
+    given = one | {"speculate": "prompt_lookup", "tokenizer": tokenizer, "eos_token_id": None}
+    stop = tokenizer.decode(adapted.generate(**given)[0, 16:18])
+    wanted = adapted.generate(**given, stop_strings=[stop])
+    adapted.generation_config.stop_strings = [stop]
+    assert torch.equal(adapted.generate(**given), wanted)
+    assert wanted.shape[1] < 12 + 16

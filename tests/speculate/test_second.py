@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 from transformers.models.auto import CONFIG_MAPPING
 
@@ -44,3 +46,23 @@ def test_tokenizers_that_differ_are_refused():
     theirs.add_tokens(["<new>"])
     with pytest.raises(SettingError, match="drafter: must have the model's tokenizer; token '<new>' is None here and"):
         check_tokenizers(ours, theirs)
+
+
+def test_padding_is_not_billed_and_the_drafts_tokens_are_counted():
+    ids, bills = tiny_windows(1, 9), []
+    for num_pads in (0, 7):
+        mask = pad(torch.ones_like(ids), (num_pads, 0))
+        adapted, drafter = Adapted(tiny_model()), SecondModel(tiny_model())
+        ending = Ending(max_new_tokens=12)
+        with spend() as meter:
+            list(
+                speculate(adapted.model, adapted.method, pad(ids, (num_pads, 0)), mask, drafter=drafter, ending=ending)
+            )
+        bills.append((meter.cost.flops, meter.cost.bytes, meter.num_side_tokens["draft"]))
+    assert bills[0] == bills[1]
+    flops, _, num_tokens = bills[0]
+    one = dense_cost(adapted.geometry, num_tokens=1, past=0, num_logits=0, itemsize=4)
+    num_logits, rest = divmod(flops.draft - num_tokens * one.flops.flat, 2 * adapted.geometry.head_weights)
+    assert rest == 0
+    assert num_logits > 1
+    assert num_tokens >= 8 + num_logits - 1  # the prompt in one pass, then a token or two in each

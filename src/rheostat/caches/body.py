@@ -38,6 +38,20 @@ class Body:
         """Keep these rows, in this order, and the first `num_tokens` tokens: as many as the longest of them has."""
         self.tensors = [resized(t[rows], num_tokens // self._tokens_per_entry(i)) for i, t in enumerate(self.tensors)]
 
+    def join(self, others: list[Body], num_rows: list[int]) -> None:
+        """Take in the rows of `others` after its own. Of `num_rows` rows each, its own first; where a body is empty, it
+        has no tensors to tell."""
+        bodies = [self, *others]
+        filled = next((one.tensors for one in bodies if one.tensors), [])
+        joined = []
+        for i, like in enumerate(filled):
+            parts = [
+                one.tensors[i] if one.tensors else like.new_zeros(n, like.shape[1], 0, like.shape[3])
+                for one, n in zip(bodies, num_rows, strict=True)
+            ]
+            joined.append(cat_rows(parts))
+        self.tensors = joined
+
     def _tokens_per_entry(self, i: int) -> int:
         is_per_group = i >= self.num_planes
         return self.group_size if is_per_group and self.axis == -2 else 1
@@ -49,6 +63,12 @@ def resized(x: torch.Tensor, length: int) -> torch.Tensor:
         return x if x.shape[2] == length else x[:, :, :length].clone()
     more = x.new_zeros(*x.shape[:2], length - x.shape[2], x.shape[3])
     return torch.cat([x, more], 2)
+
+
+def cat_rows(parts: list[torch.Tensor]) -> torch.Tensor:
+    """[B, K, n, d] of each part, one after the other, with the n of the longest."""
+    longest = max(one.shape[2] for one in parts)
+    return torch.cat([resized(one, longest) for one in parts])
 
 
 def _put(old: torch.Tensor, new: torch.Tensor, rows: list[int], start: int) -> torch.Tensor:

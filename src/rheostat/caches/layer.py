@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rheostat.caches.body import Body, resized
+from rheostat.caches.body import Body, cat_rows, resized
 from rheostat.caches.counting import body_length, saved_bytes
 from rheostat.caches.rewinding import RewindableLayer
 
@@ -125,6 +125,17 @@ class HierarchicalLayer(RewindableLayer):
         self._read = {}
 
     # -- ours
+
+    def join(self, others: list[Any]) -> None:
+        """Take in the rows of `others`, which hold as many columns, after its own."""
+        layers = [self, *others]
+        num_rows = [len(one.padding) for one in layers]
+        self._buffer = (cat_rows([one._buffer[0] for one in layers]), cat_rows([one._buffer[1] for one in layers]))
+        for i, body in enumerate(self._body):
+            body.join([one._body[i] for one in others], num_rows)
+        self.padding = [n for one in layers for n in one.padding]
+        self.body_lengths = [n for one in layers for n in one.body_lengths]
+        self._read = {}
 
     @property
     def lengths(self) -> list[int]:

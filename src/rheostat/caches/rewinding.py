@@ -7,6 +7,7 @@ A row that takes back more tokens than the others is moved to the right by the d
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
@@ -33,6 +34,10 @@ class RewindableLayer(CacheLayerMixin):
     @abstractmethod
     def room(self) -> list[int]:
         """For each row, how many tokens after the next one would find the cache in the state it is in now."""
+
+    @abstractmethod
+    def join(self, others: list[Any]) -> None:
+        """Take in the rows of `others`, layers of its own kind that hold as many columns, after its own."""
 
 
 _PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -67,6 +72,22 @@ def rewind(cache: Cache, drops: list[int]) -> None:
         for layer in cache.layers:
             _align(layer, shifts)
     cache.crop(-least)
+
+
+def join_rows(layers: list[CacheLayerMixin], order: torch.Tensor) -> CacheLayerMixin:
+    """The rows of several layers that hold as many columns as one layer, the first of them.
+
+    Args:
+        order: [B], which of all the rows, one layer's after the other's, becomes row b.
+    """
+    first, *others = layers
+    if isinstance(first, RewindableLayer):
+        first.join(others)
+        first.batch_select_indices(order)
+    else:  # they differ in their rows alone, lengths and all else agree
+        for name in ("keys", "values"):
+            setattr(first, name, torch.cat([getattr(one, name) for one in layers])[order])
+    return first
 
 
 def room(cache: Cache, num_rows: int) -> list[int]:

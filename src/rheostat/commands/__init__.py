@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rheostat.config import Common
-from rheostat.errors import bad_setting
+from rheostat.errors import SettingError, bad_setting, renamed
 from rheostat.report import file_digest, origin
 
 logger = logging.getLogger(__name__)
@@ -99,14 +99,15 @@ def load_lean(source: str, config: Common) -> Loaded | None:
         return None
 
 
-def check_computes(adapted: Adapted, computes: Sequence[float]) -> None:
-    """Refuse, before any work is done, a `compute` that the dial does not reach.
+def check_computes(adapted: Adapted, computes: Sequence[float], name: str = "compute") -> None:
+    """Refuse, before any work is done, a value of the setting `name` that the dial does not reach.
 
     Raises:
         SettingError: it is outside the range, which the message gives.
     """
-    for compute in computes:
-        adapted.dial.native(compute)
+    with renamed(compute=name):
+        for compute in computes:
+            adapted.dial.native(compute)
 
 
 def check_context(adapted: Adapted, name: str, value: int, num_tokens: int) -> None:
@@ -118,4 +119,6 @@ def check_context(adapted: Adapted, name: str, value: int, num_tokens: int) -> N
     limit = getattr(adapted.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit and num_tokens > limit:
         most = value - (num_tokens - limit)
+        if most < 1:  # whatever the setting were
+            raise SettingError(f"prompt of {num_tokens - value} tokens: must be at most {limit - 1}")
         raise bad_setting(name, value, f"at most {most}: this model reads {limit} tokens")

@@ -102,10 +102,7 @@ def _check(config: Config) -> None:
 def _draft_length(config: Config) -> int | str:
     from rheostat.speculate.pacing import Pace
 
-    given = config.draft_length
-    length = int(given) if given.lstrip("-").isdigit() else given
-    Pace.of(length)
-    return length
+    return Pace.read(config.draft_length)
 
 
 # -- the machine alone

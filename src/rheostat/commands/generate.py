@@ -7,6 +7,7 @@ Example:
   rheostat generate smol-dial "Write one sentence about rivers." --compute 0.7
   rheostat generate smol-dial "Why is the sky blue?" --compute 1.0,0.8,0.6 --temperature 0.7
   rheostat generate smol-dial "Rivers are" --no-chat --prefill-compute 0.6 --decode-compute 0.9
+  rheostat generate smol-dial --prompt-file letter.txt
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 from rheostat import terminal
 from rheostat.commands import Loaded, check_computes, check_context, load, load_lean
 from rheostat.commands.bills import asked, make_bill, show_bill
+from rheostat.commands.prompts import prompt_ids, read_prompt
 from rheostat.commands.writer import Writer
 from rheostat.config import Common, setting
-from rheostat.errors import SettingError, bad_setting
+from rheostat.errors import bad_setting, renamed
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +41,10 @@ class Config(Common):
     """Settings of `rheostat generate`."""
 
     model: str = setting(help="an adapted model, or a dense one (which has compute 1 only)", flag=False)
-    prompt: str = setting(help="what to answer, or to continue", flag=False)
+    prompt: str | None = setting(
+        None, help="what to answer, or to continue; - reads it from standard input", flag=False
+    )
+    prompt_file: str | None = setting(None, help="read the prompt from this file instead; one line end is left out")
     compute: tuple[float, ...] = setting((1.0,), help="fractions of the dense model's FLOPs, one answer each")
     prefill_compute: float | None = setting(None, help="compute for reading the prompt, where it differs")
     decode_compute: float | None = setting(None, help="compute for writing the answer, where it differs")
@@ -82,10 +87,13 @@ def run(config: Config) -> dict[str, Any]:
         raise bad_setting("compute", config.compute, "at least one number")
     if config.hold and config.draft is not None:
         raise bad_setting("hold", config.hold, "left out with --draft: drafts are checked several tokens at a time")
+    prompt = read_prompt(config.prompt, config.prompt_file)
     loaded = _load(config)
     phases = [_by_phase(config, compute) for compute in config.compute]
-    check_computes(loaded.adapted, [value for one in phases for value in one.values()])
-    input_ids = _prompt_ids(config, loaded)
+    for name in ("compute", "prefill_compute", "decode_compute"):
+        given = getattr(config, name)
+        check_computes(loaded.adapted, given if isinstance(given, tuple) else [] if given is None else [given], name)
+    input_ids = prompt_ids(loaded, prompt, config.chat)
     num_tokens = input_ids.shape[1] + config.max_new_tokens
     check_context(loaded.adapted, "max_new_tokens", config.max_new_tokens, num_tokens)
 
@@ -110,10 +118,12 @@ def run(config: Config) -> dict[str, Any]:
         writer = Writer(sys.stdout, loaded.tokenizer.decode, low if coloured else None)
         answer = _answer(config, loaded, input_ids, one, sampling, writer, drafting, native)
         out.print()
-        answer["runtime"] = runs_on
+        is_whole, answer["runtime"] = answer.pop("is_whole"), runs_on
         show_bill(answer)
+        if not is_whole:
+            raise KeyboardInterrupt
         answers.append(answer)
-    figures: dict[str, Any] = {"prompt": config.prompt, "answers": answers}
+    figures: dict[str, Any] = {"prompt": prompt, "answers": answers}
     return figures | {"provenance": loaded.origin(config.seed)} if config.json else figures
 
 
@@ -143,21 +153,26 @@ def _answer(
     from rheostat.spending import spend
 
     generator = torch.Generator(input_ids.device).manual_seed(config.seed)
-    fractions, seconds = [], []
+    fractions, seconds, is_whole = [], [], True
     with spend(compute, keep_passes=False, hold=drafting is None if config.hold is None else config.hold) as meter:
         steps = _steps(config, loaded, input_ids, sampling, generator, drafting)
-        while True:
-            started = time.perf_counter()  # ours, because the stream's clock goes on while we write
-            tokens = next(steps, None)
-            if tokens is None:
-                break
-            took = (time.perf_counter() - started) / len(tokens)
-            for token, fraction in zip(tokens, _newest_fractions(meter, len(tokens)), strict=True):
-                seconds.append(took)
-                fractions.append(fraction)
-                writer.push(token, fraction)
-            if native is not None and len(seconds) < config.max_new_tokens:
-                native.prepare()  # once: after the first token is out, and before the clock of the next one
+        try:
+            while True:
+                started = time.perf_counter()  # ours, because the stream's clock goes on while we write
+                tokens = next(steps, None)
+                if tokens is None:
+                    break
+                took = (time.perf_counter() - started) / len(tokens)
+                for token, fraction in zip(tokens, _newest_fractions(meter, len(tokens)), strict=True):
+                    seconds.append(took)
+                    fractions.append(fraction)
+                    writer.push(token, fraction)
+                if native is not None and len(seconds) < config.max_new_tokens:
+                    native.prepare()  # once: after the first token is out, and before the clock of the next one
+        except KeyboardInterrupt:
+            if not writer.token_ids:
+                raise
+            is_whole = False
     writer.finish()
     return {
         "asked": compute,
@@ -166,6 +181,7 @@ def _answer(
         "tokens": [loaded.tokenizer.decode([token]) for token in writer.token_ids],
         "ffn_fractions": fractions,
         "bill": make_bill(meter, input_ids.shape[1], seconds),
+        "is_whole": is_whole,
     }
 
 
@@ -180,17 +196,16 @@ def _drafting(config: Config, loaded: Loaded) -> tuple[Drafter, int | str] | Non
     from rheostat.speculate.generating import DRAFT_LENGTH, DRAFTERS, make_drafter
     from rheostat.speculate.pacing import AUTO, Pace
 
-    given = config.draft_length or (AUTO if config.temperature == 0 else str(DRAFT_LENGTH))
-    length = int(given) if given.lstrip("-").isdigit() else given
-    Pace.of(length)
+    length = Pace.read(config.draft_length or (AUTO if config.temperature == 0 else str(DRAFT_LENGTH)))
     if config.draft not in DRAFTERS:
         if not _is_model(config.draft):
             raise bad_setting("draft", config.draft, f"one of {', '.join(DRAFTERS)}, or a model")
         return _second_model(config, loaded, config.draft), length
     adapted = loaded.adapted
-    made = make_drafter(
-        config.draft, adapted.method, adapted.dial.low, compute=config.draft_compute, risk=config.draft_risk
-    )
+    with renamed(speculate="draft"):
+        made = make_drafter(
+            config.draft, adapted.method, adapted.dial.low, compute=config.draft_compute, risk=config.draft_risk
+        )
     return made, length
 
 
@@ -211,11 +226,13 @@ def _second_model(config: Config, loaded: Loaded, source: str) -> Drafter:
     from rheostat.speculate.drafter import Stopping
     from rheostat.speculate.second import SecondModel, check_tokenizers
 
-    model, tokenizer = models.load(source, dtype=config.dtype, device=config.device)
+    with renamed(model="draft"):
+        model, tokenizer = models.load(source, dtype=config.dtype, device=config.device)
     if isinstance(model, Adapted):
         raise bad_setting("draft", source, "a plain model: export one from this artifact")
     check_tokenizers(loaded.tokenizer, tokenizer)
-    return SecondModel(model, Stopping(risk=config.draft_risk))
+    with renamed(risk="draft_risk"):
+        return SecondModel(model, Stopping(risk=config.draft_risk))
 
 
 def _steps(
@@ -277,24 +294,6 @@ def _by_phase(config: Config, compute: float) -> dict[str, float]:
         "prefill": compute if prefill is None else prefill,
         "decode": compute if decode is None else decode,
     }
-
-
-def _prompt_ids(config: Config, loaded: Loaded) -> torch.Tensor:
-    """[1, T]."""
-    tokenizer = loaded.tokenizer
-    if config.chat and not tokenizer.chat_template:
-        raise SettingError("chat=True: must be off, this model's tokenizer has no chat template")
-    if tokenizer.chat_template and config.chat is not False:
-        message = [{"role": "user", "content": config.prompt}]
-        encoded = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        encoded = tokenizer(config.prompt, return_tensors="pt")
-    input_ids: torch.Tensor = encoded["input_ids"]
-    if not input_ids.numel():
-        raise bad_setting("prompt", config.prompt, "at least one token of text")
-    return input_ids.long().to(loaded.adapted.device)
 
 
 def _end_ids(loaded: Loaded) -> tuple[int, ...]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import pad
 
 from rheostat.adapted import Adapted
 from rheostat.meter import Meter
-from rheostat.spending import spend
+from rheostat.spending import current_pass, spend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,18 +24,19 @@ DIGITS = 4
 
 @dataclass
 class Profile(Meter):
-    """A meter that also adds up widths by layer and position. Every row of every pass begins at position 0."""
+    """A meter that also adds up widths by layer and position. No row may have padding: a pass begins, for every row, at
+    the position that the cache has come to."""
 
     position_channels: dict[int, torch.Tensor] = field(default_factory=dict)
     """Layer -> [T] int64, channels computed at each position, summed over rows and passes."""
-    num_rows: int = 0
+    position_rows: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Layer -> [T] int64, how many tokens those were; none where an auxiliary read in the model's stead."""
     _newest: torch.Tensor | int = field(default=0, repr=False)
     """Widths whose layer is not known yet."""
 
     def open_pass(self, phase: str, valid: torch.Tensor, num_layers: int, ffn_size: int) -> None:
         """A forward pass begins on the tokens marked in `valid` [B, T]."""
         super().open_pass(phase, valid, num_layers, ffn_size)
-        self.num_rows += len(valid)
         self._newest = 0
 
     def widths(self, channels: torch.Tensor | int) -> None:
@@ -45,10 +47,11 @@ class Profile(Meter):
     def experts(self, layer: int, counts: torch.Tensor, sizes: torch.Tensor) -> None:
         """How many tokens [E] took each expert of `layer`."""
         super().experts(layer, counts, sizes)
-        if isinstance(self._newest, torch.Tensor):
-            sums = self._newest.sum(0)
-            old = self.position_channels.get(layer)
-            self.position_channels[layer] = sums if old is None else old + sums
+        if self.counts_widths and isinstance(self._newest, torch.Tensor):
+            one = current_pass()
+            start = one.past if one is not None else 0
+            _add_at(self.position_channels, layer, start, self._newest.sum(0))
+            _add_at(self.position_rows, layer, start, torch.full_like(self._newest[0], len(self._newest)))
 
     def use(self) -> dict[str, Any] | None:
         """Experts by layer and widths by position, as `report.json` holds them; None where nothing was routed, or
@@ -72,9 +75,18 @@ class Profile(Meter):
         starts = list(range(0, length, step))
         width = []
         for layer in layers:
-            parts = (self.position_channels[layer].double() / (self.num_rows * self.ffn_size)).split(step)
+            mean = self.position_channels[layer].double() / self.position_rows[layer].clamp(min=1)
+            parts = (mean / self.ffn_size).split(step)
             width.append([round(float(part.mean()), DIGITS) for part in parts])
         return {"starts": starts, "width": width}
+
+
+def _add_at(sums: dict[int, torch.Tensor], layer: int, start: int, new: torch.Tensor) -> None:
+    """Add [T] to a layer's sums from the position `start` on; they grow where they are shorter."""
+    old = sums.get(layer, new[:0])
+    total = pad(old, (0, max(0, start + len(new) - len(old))))
+    total[start : start + len(new)] += new
+    sums[layer] = total
 
 
 def _rounded(values: torch.Tensor) -> list[float]:

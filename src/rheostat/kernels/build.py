@@ -10,21 +10,26 @@ plain with one warning. `RHEOSTAT_KERNELS_LEVEL` (avx512, avx2, portable) takes 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from rheostat.errors import SettingError, bad_setting
-from rheostat.folders import cache_folder
+from rheostat.folders import NOTICE, cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +58,9 @@ NEEDS = {
 """Processor level -> what `torch.cpu.get_capabilities` must report."""
 
 TIMEOUT_SECONDS = 300
+
+SCRATCH_SECONDS = 3600
+"""Half a file in the cache that is older belongs to no process that still builds."""
 
 
 def machine_level() -> str:
@@ -102,10 +110,31 @@ def library() -> ctypes.CDLL | None:
 def _library(level: str) -> ctypes.CDLL | str:
     """The library, or why there is none (said once, for the answer is kept)."""
     try:
-        return load(build(level, cache_folder()))
+        return _kept(level) or _passing(level)
     except (OSError, SettingError, subprocess.SubprocessError) as error:
         logger.warning("no native kernels, slower ones of PyTorch serve: %s", error)
         return str(error)
+
+
+def _kept(level: str) -> ctypes.CDLL | None:
+    """From the cache; None where there is none that can be used, with the remedy."""
+    try:
+        folder = cache_folder()
+    except SettingError as error:
+        reason = str(error)
+    else:
+        try:
+            return load(build(level, folder))
+        except OSError as error:
+            reason = str(bad_setting("RHEOSTAT_CACHE", str(folder), f"a folder that can be written ({error})"))
+    logger.warning("native kernels are compiled anew for each process: %s", reason)
+    return None
+
+
+def _passing(level: str) -> ctypes.CDLL:
+    """For this process alone: once loaded, the file is not needed."""
+    with tempfile.TemporaryDirectory(prefix="rheostat-kernels-") as folder:
+        return load(build(level, Path(folder)))
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -130,15 +159,16 @@ def build(level: str, folder: Path, extra: tuple[str, ...] = ()) -> Path:
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target.parent)
     # Under a name of its own, then renamed: two processes may build at once, and none ever sees half a file.
     handle, scratch = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     os.close(handle)
     try:
-        command = [compiler, *flags, str(NATIVE / "kernels.cpp"), "-o", scratch]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
-        if done.returncode:
-            first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
-            raise bad_setting("CXX", compiler, f"a compiler of C++17: {first}")
+        logger.log(NOTICE, "compiling native kernels for this machine, once; they go to %s", target.parent)
+        status, said = _compile([*compiler, *flags, str(NATIVE / "kernels.cpp"), "-o", scratch])
+        if status:
+            first = next((line for line in said.splitlines() if "error" in line), said[:200])
+            raise bad_setting("CXX", " ".join(compiler), f"a compiler of C++17: {first}")
         os.chmod(scratch, 0o755)
         os.replace(scratch, target)
     finally:
@@ -146,27 +176,58 @@ def build(level: str, folder: Path, extra: tuple[str, ...] = ()) -> Path:
     return target
 
 
-def find_compiler() -> str:
-    """The C++ compiler: `$CXX`, else the first of `COMPILERS` on the path.
+def _compile(command: Sequence[str]) -> tuple[int, str]:
+    """Exit status, and what went to standard error. The compiler proper, a child of `command`, never outlives us."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0)
+    try:
+        _, said = process.communicate(timeout=TIMEOUT_SECONDS)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return process.returncode, said
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what builds left that were killed."""
+    for path in folder.glob(".*.so.*"):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if time.time() - path.stat().st_mtime > SCRATCH_SECONDS:
+                path.unlink()
+
+
+def find_compiler() -> tuple[str, ...]:
+    """The C++ compiler, as the beginning of its command: `$CXX`, which may have arguments (`ccache g++`), else the
+    first of `COMPILERS` on the path.
 
     Raises:
         SettingError: there is none.
     """
-    for name in (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS:
-        if path := shutil.which(name):
-            return path
-    raise bad_setting("CXX", os.environ.get("CXX"), f"a C++ compiler ({', '.join(COMPILERS)} were looked for)")
+    asked = os.environ.get("CXX", "")
+    for command in [_words(asked)] if asked.strip() else [[name] for name in COMPILERS]:
+        if path := shutil.which(command[0]):
+            return (path, *command[1:])
+    if asked.strip():
+        raise bad_setting("CXX", asked, "a command that is on the path, or unset")
+    raise SettingError(f"CXX: must be set to a C++ compiler; none of {', '.join(COMPILERS)} is on the path")
 
 
-def digest(compiler: str, flags: list[str]) -> str:
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise bad_setting("CXX", command, f"a command ({error})") from None
+
+
+def digest(compiler: tuple[str, ...], flags: list[str]) -> str:
     """Sixteen hexadecimal digits that change with the source, the flags, the compiler and the machine's kind."""
     sha = hashlib.sha256()
     for path in sorted(NATIVE.iterdir()):
         sha.update(f"{path.name}\n".encode() + path.read_bytes())
-    sha.update("\n".join([*flags, compiler, _version(compiler), platform.machine()]).encode())
+    sha.update("\n".join([*flags, *compiler, _version(compiler), platform.machine()]).encode())
     return sha.hexdigest()[:16]
 
 
 @functools.cache
-def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT_SECONDS).stdout
+def _version(compiler: tuple[str, ...]) -> str:
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT_SECONDS).stdout

@@ -105,10 +105,10 @@ class Chain(Method):
         batch: Mapping[str, torch.Tensor],
         teacher_logits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """The sum of the methods' losses."""
+        """The sum of the losses of those that teach."""
         total = torch.zeros((), device=batch["input_ids"].device)
         parts: dict[str, float] = {}
-        for method in self.methods or (Method(),):
+        for method in self._teaching():
             loss, logged = method.loss(model, batch, teacher_logits)
             total = total + loss
             parts |= {f"{method.name}.{key}": value for key, value in logged.items()}
@@ -127,9 +127,15 @@ class Chain(Method):
         return {name: figures for name, figures in facts.items() if figures}
 
     def trainable(self, model: PreTrainedModel) -> list[str]:
-        """All that any of the methods trains."""
-        wanted = {name for method in self.methods for name in method.trainable(model)}
+        """All that any of those that teach trains."""
+        wanted = {name for method in self._teaching() for name in method.trainable(model)}
         return [name for name, _ in model.named_parameters() if name in wanted]
+
+    def _teaching(self) -> list[Method]:
+        """Those that say what training minimises or changes; the plain model where none does. The others leave it to
+        them: the default of one must not train all that another one freezes."""
+        plain = (Method.loss, Method.trainable)
+        return [m for m in self.methods if (type(m).loss, type(m).trainable) != plain] or [Method()]
 
     def wants_teacher(self) -> bool:
         """When any of the methods does."""
@@ -156,16 +162,20 @@ class Chain(Method):
         num_logits: int = 1,
         itemsize: int = 2,
     ) -> Cost:
-        """The cost under the one method that has a dial; several need a joint calibration and are not predicted."""
+        """The cost under the one method that has a dial, less what the others save on the dense model; several dials
+        need a joint calibration and are not predicted."""
         self.check_compute(geometry, compute)
         dialled = self.dialled()
         if len(dialled) > 1 and compute < 1:
             names = ", ".join(m.name for m in dialled)
             raise bad_setting("compute", compute, f"1.0: the cost of {names} together is known by measurement only")
-        method = dialled[0] if dialled else Method()
-        return method.cost(
-            geometry, compute=compute, num_tokens=num_tokens, past=past, num_logits=num_logits, itemsize=itemsize
-        )
+        about = {"num_tokens": num_tokens, "past": past, "num_logits": num_logits, "itemsize": itemsize}
+        dense = Method().cost(geometry, **about)
+        cost = dialled[0].cost(geometry, compute=compute, **about) if dialled else dense
+        for method in self.methods:
+            if method not in dialled:
+                cost += method.cost(geometry, **about) + dense.times(-1)
+        return cost
 
     def baselines(
         self, model: PreTrainedModel, expert_counts: Mapping[int, torch.Tensor], seed: int

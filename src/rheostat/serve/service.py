@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rheostat.adapted import Adapted
-from rheostat.errors import SettingError, bad_setting
+from rheostat.errors import SettingError, bad_setting, check_text
 from rheostat.sampling import Sampling
 from rheostat.serve.engine import Engine
 from rheostat.serve.jobs import Job
@@ -240,15 +240,3 @@ class Service:
         if asked > most:
             raise bad_setting("max_tokens", asked, f"at most {most} after a prompt of {num_prompt_tokens} tokens")
         return asked
-
-
-def check_text(text: str) -> None:
-    """Refuse what JSON can hold and UTF-8 cannot: half of a surrogate pair.
-
-    Raises:
-        SettingError: it is in there.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise SettingError("prompt: must be Unicode text, without half surrogate pairs") from None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rheostat.errors import SettingError, bad_setting
+from rheostat.errors import SettingError, bad_setting, renamed
 from rheostat.methods.base import Method
 from rheostat.sampling import Sampling
 from rheostat.speculate.drafter import Drafter, Host, Stopping
@@ -22,6 +22,42 @@ if TYPE_CHECKING:
 
 DRAFT_LENGTH = 4
 """Tokens drafted a round, unless asked otherwise."""
+
+UNKNOWN: dict[str, Any] = {
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "dola_layers": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "exponential_decay_length_penalty": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1.0,
+    "max_time": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": 0.0,
+    "repetition_penalty": 1.0,
+    "return_dict_in_generate": False,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "token_healing": False,
+    "watermarking_config": None,
+}
+"""Generation settings of the host that would change the answer and that the loop cannot follow, with the value that
+changes nothing (None does not, either)."""
+
+UNKNOWN_DRAWING: dict[str, Any] = {
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "min_p": 0.0,
+    "top_h": None,
+    "typical_p": 1.0,
+}
+"""The same, of those that matter where tokens are drawn."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +110,9 @@ def make_drafter(
         return asked
     if asked not in DRAFTERS:
         raise bad_setting("speculate", asked, f"one of {', '.join(DRAFTERS)}, or a drafter")
-    return DRAFTERS[asked](Asked(method, low, compute, Stopping(risk=risk)))
+    with renamed(risk="draft_risk"):
+        stopping = Stopping(risk=risk)
+    return DRAFTERS[asked](Asked(method, low, compute, stopping))
 
 
 def generate(
@@ -95,13 +133,15 @@ def generate(
     generation settings.
 
     Raises:
-        SettingError: for another argument, and for values that cannot be used.
+        SettingError: for another argument, for values that cannot be used, and for generation settings of the model
+            that the loop cannot follow.
     """
     if input_ids is None:
         raise bad_setting("input_ids", None, "given")
     settings = model.generation_config
     mask, streamer = kwargs.pop("attention_mask", None), kwargs.pop("streamer", None)
     ending, cache = _ending(settings, input_ids, kwargs), kwargs.pop("past_key_values", None)
+    _refuse_unknown(settings, kwargs)
     sampling, filler = _sampling(settings, kwargs), _filler(settings, ending, kwargs)
     if kwargs:
         name = sorted(kwargs)[0]
@@ -140,10 +180,28 @@ def _ending(settings: Any, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> E
         limit = max(1, (settings.max_length or 20) - input_ids.shape[1])
     ends = kwargs.pop("eos_token_id", settings.eos_token_id)
     ends = ends if isinstance(ends, list | tuple) else [] if ends is None else [ends]
-    stops, tokenizer = kwargs.pop("stop_strings", None) or (), kwargs.pop("tokenizer", None)
+    stops, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
+    stops = (settings.stop_strings if stops is None else stops) or ()
     stops = (stops,) if isinstance(stops, str) else tuple(stops)
     decode = None if tokenizer is None else tokenizer.decode
     return Ending(max_new_tokens=limit, eos_token_ids=tuple(ends), stop_strings=stops, decode=decode)
+
+
+def _refuse_unknown(settings: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse what the model's generation settings ask for and the loop would drop without a word. An argument with the
+    value that changes nothing overrules them, and is taken out."""
+    is_drawn = settings.do_sample if kwargs.get("do_sample") is None else kwargs["do_sample"]
+    for name, plain in (UNKNOWN | UNKNOWN_DRAWING).items():
+        asked = getattr(settings, name, None)
+        if name in kwargs:
+            if kwargs[name] in (None, plain):
+                del kwargs[name]
+        elif asked not in (None, plain) and (is_drawn or name in UNKNOWN):
+            raise bad_setting(
+                f"generation_config.{name}",
+                asked,
+                f"{plain} with speculate, which cannot follow it; {name}={plain} as an argument goes on without",
+            )
 
 
 def _sampling(settings: Any, kwargs: dict[str, Any]) -> Sampling:

@@ -62,6 +62,20 @@ class Pace:
             raise bad_setting("draft_length", draft_length, f"an integer from 1 to {LONGEST_DRAFT}, or {AUTO}")
         return Pace(draft_length)
 
+    @classmethod
+    def read(cls, text: str) -> int | str:
+        """The draft length that a command was given: a number of tokens, or `auto`.
+
+        Raises:
+            SettingError: it is neither, or out of range.
+        """
+        try:
+            found: int | str = int(text)
+        except ValueError:
+            found = text
+        cls.of(found)
+        return found
+
     @property
     def length(self) -> int:
         """For the next round."""

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from rheostat.caches.rewinding import check_rewindable, rewind
-from rheostat.cost import dense_cost
+from rheostat.cost import head_cost, rows_cost
 from rheostat.errors import SettingError, bad_setting
 from rheostat.geometry import Geometry
 from rheostat.methods.base import Method
@@ -69,17 +69,13 @@ class SecondModel(Drafter):
     def _read(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         spending = current_spending()
         if spending is not None:
-            num_rows, num_tokens = token_ids.shape
-            cost = dense_cost(
-                self.geometry,
-                num_tokens=num_tokens,
-                past=mask.shape[1] - num_tokens,
-                num_logits=1,
-                itemsize=self.model.dtype.itemsize,
-                num_rows=num_rows,
-            )
-            with spending.meter.charging("draft"):
-                spending.meter.bill(cost)
+            meter, itemsize, num_tokens = spending.meter, self.model.dtype.itemsize, token_ids.shape[1]
+            valid = mask[:, -num_tokens:].bool()
+            counts = zip(mask[:, :-num_tokens].sum(1).tolist(), valid.sum(1).tolist(), strict=True)
+            with meter.charging("draft"):  # no hook of ours announces its passes
+                meter.open_pass("decode", valid, 0, 0)
+                meter.bill(rows_cost(self.geometry, counts, self.geometry.num_layers, itemsize))
+                meter.bill(head_cost(self.geometry, len(token_ids), itemsize))
         return read(self.model, token_ids, mask, self.cache)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from rheostat.methods.dynamoe.baselines import baselines, static_widths
@@ -37,3 +38,15 @@ def test_static_baseline_has_one_width_a_layer():
     chosen = [static(layer, torch.zeros(7, 1)) for layer in (0, 1)]
     assert all(len(one.unique()) == 1 for one in chosen)
     assert adapted.model.base_model.layers[0].mlp.widths[torch.stack(chosen)].float().mean() >= 56
+
+
+@pytest.mark.gpu
+def test_baselines_of_a_model_on_a_gpu_are_those_on_the_processor():
+    adapted = fitted("dynamoe", "llama")
+    counts = {layer: torch.tensor([10, 0, 30, 60]) for layer in (0, 1)}
+    x = torch.zeros(40, 1)
+    wanted = [one(1, x) for one in baselines(adapted.model, counts, seed=0).values()]
+    adapted.model.cuda()
+    found = baselines(adapted.model, {layer: one.cuda() for layer, one in counts.items()}, seed=0)
+    given = [one(1, x.cuda()) for one in found.values()]
+    assert all(one.is_cuda and torch.equal(one.cpu(), other) for one, other in zip(given, wanted, strict=True))

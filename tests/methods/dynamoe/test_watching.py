@@ -61,3 +61,11 @@ def test_frozen_puts_back_what_it_found():
         assert not model.training
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     assert model.training
+
+
+@pytest.mark.gpu
+def test_lots_of_a_model_on_a_gpu_are_drawn_where_the_generator_is():
+    model = tiny_model().cuda()
+    with frozen(model):
+        gradients = sampled_gradients(model, tiny_windows(2).cuda(), torch.Generator().manual_seed(0), no_progress)
+    assert all(one.is_cuda and one.shape == (2 * 31, 32) for one in gradients)

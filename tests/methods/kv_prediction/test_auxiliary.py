@@ -11,6 +11,7 @@ from rheostat.adapted import Adapted
 from rheostat.artifact import save
 from rheostat.calibration import calibrate
 from rheostat.errors import SettingError
+from rheostat.methods import Chain, QuantSpec
 from rheostat.methods.kv_prediction import KVPrediction
 from rheostat.methods.kv_prediction.auxiliary import kept_layers, kept_map, pruned_copy, spread_map
 from rheostat.methods.kv_prediction.predictor import predictors
@@ -209,3 +210,38 @@ def test_calibrated_on_one_step():
     adapted = given(auxiliary="pruned", kept=(0, 2))
     assert adapted.dial.settings["kv_prediction"] == (0.0, 4.0)
     assert calibrate(adapted, tiny_windows(seed=1)) == adapted.dial
+
+
+def test_padding_is_no_part_of_a_quantised_cache():
+    methods = [KVPrediction(auxiliary="pruned", kept=(0, 2)), QuantSpec(group_size=4, weight_group_size=8)]
+    adapted = Adapted(tiny_model(layers=4).double(), Chain(methods))
+    ids = tiny_windows(1, 24)
+    answers = []
+    for num_pads in (0, 3):
+        mask = torch.tensor([[0] * num_pads + [1] * 25])
+        prompt, cache = torch.nn.functional.pad(ids, (num_pads, 0)), adapted.method.make_cache(adapted.model)
+        with spend(native={"kv_prediction": 2.0}), torch.no_grad():
+            adapted.method.prefill(adapted.model, prompt, mask[:, :-1], cache)
+            answers.append(adapted.method.decode(adapted.model, ids[:, :1], mask, cache))
+        assert cache.hierarchical_layers[0].padding == [num_pads]
+    torch.testing.assert_close(answers[1], answers[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_pruned_copy_rotates_where_its_layers_did():
+    model = tiny_model("smollm3", layers=8)
+    kept = [0, 3, 4, 7]
+    bare = [not layer.self_attn.use_rope for layer in families.layers(model)]
+    assert any(bare)
+    assert not all(bare)
+    assert [not one.self_attn.use_rope for one in families.layers(pruned_copy(model, kept))] == [bare[k] for k in kept]
+
+
+def test_the_auxiliarys_own_logits_are_capped_as_its_model_caps_them():
+    model = tiny_model("gemma2")
+    model.config.final_logit_softcapping = 1.0
+    adapted = Adapted(model, KVPrediction(auxiliary="pruned", kept=(0,)))
+    maps, ids = predictors(adapted.model)[0], tiny_windows(2)
+    with torch.no_grad():
+        mine, wanted = maps.logits(maps.run(ids, None, None)[0]), maps.host[0](ids).logits
+    assert wanted.abs().max() > 0.9  # there is something to cap
+    torch.testing.assert_close(mine, wanted)

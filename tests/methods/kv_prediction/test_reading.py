@@ -11,7 +11,9 @@ from transformers import TextIteratorStreamer
 from rheostat import families
 from rheostat.adapted import Adapted
 from rheostat.decode import stream
+from rheostat.dial import Dial
 from rheostat.errors import SettingError
+from rheostat.methods import Chain, KVPrediction, QuantSpec
 from rheostat.methods.base import Method
 from rheostat.methods.kv_prediction import predictor
 from rheostat.methods.kv_prediction.reading import depth_for
@@ -269,6 +271,15 @@ def test_the_meter_bills_auxiliary_and_maps_and_knows_the_dense_cost():
     assert meter.num_decode_tokens == 0
 
 
+@pytest.mark.parametrize("runtime", ["stock", "native"])
+def test_no_ffn_is_narrower_for_a_predicted_prompt(runtime):
+    adapted = given()
+    with spend({"prefill": adapted.dial.low}) as meter:
+        adapted.generate(tiny_windows(1, 12), max_new_tokens=2, do_sample=False, runtime=runtime)
+    assert meter.compute < 1
+    assert meter.ffn_fraction == 1.0
+
+
 def test_between_two_depths_the_cheaper_counts():
     adapted = given()
     found = [depth_for(adapted.model, setting) for setting in (0.0, 0.2, 1.0, 1.1, 2.0, 3.0, 9.0)]
@@ -287,3 +298,24 @@ def test_the_token_before_is_read_past_padding_and_first_tokens():
     x = torch.arange(12.0).view(2, 6, 1)
     is_first = torch.tensor([[True] * 3 + [False] * 3, [False] * 6])  # two of padding and a first; a later chunk
     assert _before(x, is_first)[..., 0].tolist() == [[0, 1, 2, 3, 3, 4], [6, 6, 7, 8, 9, 10]]
+
+
+def test_rows_at_several_depths_share_a_quantised_cache():
+    methods = [KVPrediction(auxiliary="pruned", kept=(0, 2)), QuantSpec(group_size=4, weight_group_size=8)]
+    dial = Dial(compute=(1.0, 0.5), settings={"kv_prediction": (0.0, 2.0)})
+    adapted = Adapted(tiny_model(layers=4).double(), Chain(methods), dial)
+    ids, lengths = tiny_windows(4, 20), (20, 6, 13, 17)
+    mask = torch.tensor([[0] * (20 - n) + [1] * n for n in lengths])
+
+    def answer(ids, mask, asked):
+        with spend(asked), torch.no_grad():
+            logits, cache = prefill(adapted, ids, mask)
+            longer = torch.nn.functional.pad(mask, (0, 1), value=1)
+            return torch.cat([logits, adapted.method.decode(adapted.model, ids[:, -1:], longer, cache)])
+
+    for asked in ([0.5, 1.0, 0.5, 1.0], [1.0, 0.5, 1.0, 1.0]):  # a short row with long ones, and by itself
+        together = answer(ids * mask, mask, asked)
+        for row, n in enumerate(lengths):
+            one = ids[row : row + 1, 20 - n :]
+            alone = answer(one, torch.ones_like(one), asked[row])
+            torch.testing.assert_close(together[row::4], alone, rtol=1e-5, atol=1e-5)

@@ -21,10 +21,10 @@ Override = Callable[[int, torch.Tensor], torch.Tensor]
 def baselines(model: PreTrainedModel, expert_counts: Mapping[int, torch.Tensor], seed: int) -> dict[str, Override]:
     """`static` and `random`, matched to how many tokens took each expert in each layer (layer -> [E])."""
     ffns: list[Any] = [layer.mlp for layer in families.layers(model)]
-    counts = torch.stack([expert_counts[ffn.layer].double() for ffn in ffns])  # [L, E]
-    sizes = ffns[0].widths.double()
+    counts = torch.stack([expert_counts[ffn.layer].double() for ffn in ffns]).cpu()  # [L, E]
+    sizes = ffns[0].widths.double().cpu()
     mean_width = float((counts @ sizes).sum() / counts.sum())
-    widths = static_widths(torch.stack([ffn.mean_damage for ffn in ffns]), sizes, mean_width)
+    widths = static_widths(torch.stack([ffn.mean_damage for ffn in ffns]).cpu(), sizes, mean_width)
     generator = torch.Generator().manual_seed(seed)
 
     def static(layer: int, x: torch.Tensor) -> torch.Tensor:

@@ -88,7 +88,8 @@ def sampled_gradients(
             progress("watching the dense model", start, len(windows))
             logits = model(input_ids=batch, use_cache=False).logits.flatten(0, 1).float()
             with torch.no_grad():
-                drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+                chances = logits.softmax(-1).to(generator.device)  # where the lots are drawn is the generator's choice
+                drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
             loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
             for layer, gradient in zip(kept, torch.autograd.grad(loss, [s["y"] for s in seen]), strict=True):
                 layer.append(gradient[:, 1:].flatten(0, 1))

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 from rheostat import families
 from rheostat.cost import Cost, dense_cost
@@ -87,11 +86,7 @@ def check_map(layer_map: Sequence[int], num_layers: int, num_auxiliary: int) -> 
 @torch.no_grad()
 def pruned_copy(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     """A model of its own with these layers of `model`, their weights copied."""
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in kept]
-    small = type(model)(config).to(model.device, model.dtype).eval()
+    small = type(model)(families.config_of_layers(model.config, kept)).to(model.device, model.dtype).eval()
     named = families.plain_state_dict(model)
     state = {}
     for name, value in named.items():
@@ -176,7 +171,7 @@ class CacheMaps(families.Attachment):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The auxiliary's own logits [B, T, V]."""
-        return linear(hidden, cast(torch.Tensor, families.head(self.host[0]).weight))
+        return families.logits(self.host[0], hidden)
 
     def read(
         self,
@@ -187,7 +182,11 @@ class CacheMaps(families.Attachment):
         cache: Cache,
     ) -> dict[tuple[str, int], torch.Tensor]:
         """What `forward` needs, of a prompt [B, T] that begins a text."""
-        if (spending := current_spending()) is not None:  # no hook of ours announces its passes
+        from rheostat.caches.hierarchical import HierarchicalCache  # here, because it is built on transformers
+
+        if isinstance(cache, HierarchicalCache):  # no hook of ours announces its passes
+            cache.mark_padding(attention_mask)
+        if (spending := current_spending()) is not None:
             spending.meter.open_pass("prefill", attention_mask.bool(), 0, 0)
         return self.run(input_ids, attention_mask, position_ids)[1]
 

@@ -85,6 +85,8 @@ def _prefill_mixed(
     num_exact: int,
 ) -> torch.Tensor:
     """Rows at several depths: each group on a copy of its rows' cache, and the new entries put together after."""
+    from rheostat.caches.rewinding import join_rows  # here, because it is built on transformers
+
     logits: list[torch.Tensor] = []
     parts = []
     for depth, rows in by_depth.items():
@@ -95,10 +97,7 @@ def _prefill_mixed(
             logits.append(_prefill_alike(model, input_ids[rows], attention_mask[rows], own, depth, num_exact))
         parts.append(own)
     order = torch.tensor([row for rows in by_depth.values() for row in rows], device=input_ids.device).argsort()
-    for layer, held in enumerate(parts[0].layers):  # the parts differ in their rows alone, lengths and all else agree
-        for name in ("keys", "values"):
-            setattr(held, name, torch.cat([getattr(part.layers[layer], name) for part in parts])[order])
-    cache.layers[:] = parts[0].layers
+    cache.layers[:] = [join_rows(list(held), order) for held in zip(*(part.layers for part in parts), strict=True)]
     return torch.cat(logits)[order]
 
 
