@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FixedLocator, NullLocator
 
 SIDES = {
     "chain": ("both on one dial", "#0072b2", "o"),
     "dynamoe": ("DynaMoE alone", "#d55e00", "s"),
     "kv_prediction": ("KV Prediction alone", "#009e73", "^"),
 }
+TICKS = (1, 1.1, 1.25, 1.5, 2, 3, 4, 5)
 TEXTS = {"novels": "novels", "wikitext": "WikiText-2"}
 
 
@@ -35,8 +37,9 @@ def draw_path(axes: Any, dials: dict[str, Any]) -> None:
     )
     for compute, apart, layers, price in points:
         axes.annotate(
-            f"{layers:.0f}, {price:.3g}", (compute, apart), textcoords="offset points", xytext=(4, -9), fontsize=7
+            f"{layers:.0f}, {price:.2g}", (compute, apart), textcoords="offset points", xytext=(4, -9), fontsize=7
         )
+    axes.set_xlim(0.25, 1.03)  # room for the last point's label; turned round with the others
     axes.set_title("the dial: layers predicted, DynaMoE's setting", fontsize=9)
     axes.set_ylabel("nats from the dense model's next words")
 
@@ -48,6 +51,10 @@ def draw_quality(axes: Any, rows: list[dict[str, Any]], text: str) -> None:
         xs, ys, errors = zip((1.0, 1.0, 0.0), *found[::-1], strict=True)
         axes.errorbar(xs, ys, yerr=errors, color=color, marker=marker, markersize=5, capsize=2, label=label)
     axes.set_yscale("log")
+    top = max(row["ratio"] for row in rows)
+    axes.yaxis.set_major_locator(FixedLocator([tick for tick in TICKS if tick <= top * 1.1]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_title(f"128 tokens after 384, {TEXTS[text]}", fontsize=9)
     axes.set_ylabel("perplexity / dense")
 

@@ -45,7 +45,11 @@ COMPUTE = "must be a number in (0, 1], or an object with the keys prefill and de
         ({"compute": 2}, f"compute=2: {COMPUTE}", "compute"),
         ({"compute": "fast"}, f"compute='fast': {COMPUTE}", "compute"),
         ({"compute": [0.7]}, f"compute: {COMPUTE}", "compute"),
-        ({"compute": {"prefil": 1}}, "compute.prefil=1: must be left out, there is no such key", "compute.prefil"),
+        (
+            {"compute": {"prefil": 1}},
+            f"compute.prefil=1: must be left out, there is no such key (compute is {COMPUTE[8:]})",
+            "compute.prefil",
+        ),
         ({"compute": {"decode": 2}}, "compute.decode=2: must be less than or equal to 1", "compute.decode"),
         ({"prompt": [1, "x"]}, "prompt: must be a string, token ids, or a list of either", "prompt"),
         ({"stop": 5}, "stop=5: must be a string, or a list of strings", "stop"),

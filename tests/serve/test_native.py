@@ -126,3 +126,15 @@ def test_steps_are_billed_now_and_then_and_at_the_end(backend: NativeBackend, mo
     assert seen == [2, 2, 5, 5, 5]
     backend.leave(one)
     assert one.meter.tokens == 7
+
+
+def test_what_a_row_owes_sets_its_next_price(tiny: Tiny, backend: NativeBackend, monkeypatch: pytest.MonkeyPatch):
+    rows, given = [row(5, 6), row(7, 8)], []
+    backend.join([Join([rows[0]], 0.8, True), Join([rows[1]], 0.8, False)])
+    take = backend.runtime.step
+    monkeypatch.setattr(backend.runtime, "step", lambda *args: given.append(args[3]) or take(*args))
+    rows[0].state.past.balance = -1e9
+    backend.step(rows, [30, 31], [0.8, 0.8])
+    table = tiny.adapted.table
+    assert given[0].tolist() == pytest.approx([table.settings[-1], table.native(0.8)])
+    assert rows[0].state.past.tokens == 3

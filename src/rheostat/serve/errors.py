@@ -90,6 +90,8 @@ def unusable(errors: Sequence[Any], body: Any) -> Refusal:
     wanted = re.sub(r"^\w+ should ", "must ", WORDS.get(error["type"], error["msg"]))
     if place[last] in UNIONS and error["type"] != "missing":
         place, wanted = place[: last + 1], f"must be {UNIONS[place[last]]}"
+    elif error["type"] == "extra_forbidden":
+        wanted += f" ({place[0]} is {UNIONS[place[0]]})"  # of several forms, one of which has set keys
     where = ".".join(map(str, place))
     return Refusal(400, f"{where}{_shown(place, body)}: {wanted}", param=where)
 

@@ -20,7 +20,7 @@ MOST_STOPS = 16
 LONGEST_STOP = 256
 MOST_TOP = 20
 
-REFUSED = {
+REFUSED: dict[str, Any] = {
     "tools": None,
     "functions": None,
     "response_format": {"type": "text"},
