@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import LlamaForCausalLM
 from rheostat import conversion
 from rheostat.conversion import cache_folder, convert_gguf
 from rheostat.errors import SettingError
+from rheostat.folders import NOTICE
 from rheostat.models import load
 from tests.given_checkpoints import IDS, refuse, write_gguf
 
@@ -64,11 +64,11 @@ def test_gguf_is_not_mixed_with_its_neighbours(tmp_path: Path):
 def test_gguf_is_converted_once_for_each_content(
     tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    caplog.set_level(logging.INFO, "rheostat")
+    caplog.set_level(NOTICE, "rheostat")
     write_gguf(tmp_path / "tiny.gguf")
     first = convert_gguf(tmp_path / "tiny.gguf")
     assert first.parent == cache
-    assert [r.message for r in caplog.records] == [f"converting tiny.gguf, once, to {first}"]
+    assert [r.message for r in caplog.records] == [f"converting tiny.gguf, once; the copy goes to {first}"]
     stamp = json.loads((first / conversion.STAMP).read_text())
     assert stamp["source"] == "tiny.gguf"
     assert first.name == f"tiny-{stamp['sha256'][:16]}"

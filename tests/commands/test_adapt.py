@@ -82,7 +82,7 @@ def test_overwrite(rheostat, refused, adapt_arguments, tmp_path: Path):
         (["--method", "magic"], "method='magic': must be one of dense, dynamoe"),
         (["--set", "experts=4"], "dynamoe.experts=4: must be one of the settings num_experts"),
         (["--set", "tile=0"], "dynamoe.tile=0: must be an integer of at least 1"),
-        (["--set", "tile"], "settings='tile': must be KEY=VALUE"),
+        (["--set", "tile"], "set='tile': must be KEY=VALUE"),
         (["--fit", "windows=0"], "fit.windows=0: must be 1 or more"),
         (["--fit", "windoze=1"], "fit.windoze=1: must be one of the settings windows"),
         (["--fit", "windows=many"], "fit.windows='many': must be of type int"),
