@@ -11,6 +11,7 @@ import torch
 from rheostat.adapted import Adapted
 from rheostat.errors import SettingError
 from rheostat.spending import current_spending, spend
+from rheostat.train.settings import TrainSettings
 from rheostat.train.trainer import train
 from tests.tiny import tiny_adapted, tiny_windows
 from tests.train.runs import SETTINGS, TEACHER, changed, run, weights
@@ -98,6 +99,13 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
         run(adapted, tmp_path / str(checkpointing), gradient_checkpointing=checkpointing)
         results.append(weights(adapted))
     assert not changed(*results)
+
+
+def test_tokens_are_those_that_were_seen(tmp_path):
+    """A text shorter than a batch fills no batch."""
+    settings = TrainSettings(tokens=2 * 4 * 32, length=32, batch_size=4)
+    facts = train(tiny_adapted(), tiny_windows(3, 32), settings, output_dir=tmp_path)
+    assert (facts["steps"], facts["tokens"]) == (2, 2 * 3 * 32)
 
 
 def test_accumulated_steps_are_means(tmp_path):

@@ -61,7 +61,7 @@ def train(
             after the end is the caller's.
 
     Returns:
-        Steps, tokens, seconds and the last logged losses.
+        Steps, tokens seen (of all processes), seconds and the last logged losses.
     """
     check_settings(adapted.model, adapted.method, settings)
     torch.manual_seed(seed)  # the adapters' first values; the Trainer seeds the rest
@@ -81,6 +81,7 @@ def train(
         logging_steps=max(1, steps // 50),
         save_strategy="no",  # by the clock, see `Clock`
         save_total_limit=1,
+        include_num_input_tokens_seen=True,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -111,7 +112,7 @@ def train(
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": steps,
-        "tokens": steps * per_step,
+        "tokens": trainer.state.num_input_tokens_seen,  # fewer than steps * per_step where the text is short
         "seconds": round(float(result.metrics["train_runtime"]), 1),
         "log": logged,
     }
