@@ -30,7 +30,7 @@ SHARED = -n $(JOBS) --dist worksteal
 # `make demo` settings.
 DEMO_MODEL := smollm2-135m
 DEMO_PROMPT := "The three most important things about a good night's sleep are"
-DEMO_COMPUTE := 1.0,0.8,0.7
+DEMO_COMPUTE := 1.0,0.9,0.8
 
 # `make figures` settings: the table in the README. DATA is a folder with the files that docs/evaluation.md lists.
 DATA ?= data
