@@ -158,7 +158,7 @@ def test_a_slow_reader_holds_up_nobody(tiny: Tiny):
 
 
 def test_the_time_limit(tiny: Tiny):
-    with live(tiny, request_seconds=0.05) as server:
+    with live(tiny, request_seconds=0.005) as server:
         assert "time limit" in refusal(post(server, LONG | {"stream": False}), 504)
         answer = post(server, LONG)
         assert '"type":"timeout_error"' in answer.text
@@ -167,7 +167,7 @@ def test_the_time_limit(tiny: Tiny):
 
 @pytest.mark.parametrize("streams", [True, False])
 def test_an_overload_is_a_429_with_advice_before_anything_is_sent(tiny: Tiny, streams: bool):
-    with live(tiny, limits=Limits(rows=1, queue_seconds=0.02)) as server, asking(server, LONG):
+    with live(tiny, limits=Limits(rows=1, queue_seconds=0.002)) as server, asking(server, LONG):
         until(lambda: server.engine.scheduler.num_rows == 1)
         answer = post(server, SHORT | {"stream": streams})
         assert "overloaded" in refusal(answer, 429)
